@@ -1,0 +1,79 @@
+"""Which back end serves a call.
+
+An operation states, per back end, the reasons why that back end can't serve a given problem (an empty list: it can).
+`choose` picks the first that can, or, where the caller named one, that one or an error with ALL its reasons.
+
+    reference   the formula, any dtype including float64, any device: the yardstick
+    tiled       fast on CPU, forward and backward
+    flex        torch's flex_attention, compiled: portable GPU fallback
+    triton      GPU; under TRITON_INTERPRET=1 also CPU tensors (slow, for tests)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from attnzoo.errors import UnsupportedError, check_choice
+
+BACKENDS = ("reference", "tiled", "flex", "triton")
+_ORDER = {"cpu": ("tiled", "reference"), "cuda": ("triton", "flex", "reference")}
+
+_forced: ContextVar[str | None] = ContextVar("attnzoo_backend", default=None)
+
+Reasons = Callable[[Any], list[str]]
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block, `backend="auto"` means `backend`, in this thread (or task) only."""
+    check_choice("backend", backend, ("auto", *BACKENDS))
+    token = _forced.set(None if backend == "auto" else backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def interpreting() -> bool:
+    """True where Triton kernels run through its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def device_reasons(backend: str, device: torch.device) -> list[str]:
+    """Why `backend` can't run on `device`, whatever the operation."""
+    if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return [f"triton needs a CUDA or ROCm device, or CPU tensors under TRITON_INTERPRET=1; got {device.type}"]
+    if backend == "tiled" and device.type != "cpu":
+        return [f"tiled is the CPU path; got {device.type}"]
+    return []
+
+
+def choose(operation: str, backend: str, problem: Any, device: torch.device, reasons: Mapping[str, Reasons]) -> str:
+    """The back end that serves `problem`, a value that the operation's own `reasons` functions understand.
+
+    Raises ValueError for an unknown name and UnsupportedError, listing every reason, where the asked one can't serve.
+    """
+    check_choice("backend", backend, ("auto", *reasons))
+    asked = backend if backend != "auto" else _forced.get()
+    if asked is not None:
+        if asked not in reasons:
+            raise UnsupportedError(f"{operation}: backend {asked!r} does not exist here; there are {', '.join(reasons)}")
+        why = device_reasons(asked, device) + reasons[asked](problem)
+        if why:
+            raise UnsupportedError(f"{operation}: backend {asked!r} can't serve this call: " + "; ".join(why))
+        return asked
+    refusals = {}
+    for name in _ORDER.get(device.type, ("reference",)):
+        if name in reasons:
+            why = device_reasons(name, device) + reasons[name](problem)
+            if not why:
+                return name
+            refusals[name] = why
+    told = " | ".join(f"{name}: {'; '.join(why)}" for name, why in refusals.items())
+    raise UnsupportedError(f"{operation}: no back end can serve this call on {device.type}: {told}")

@@ -1,0 +1,48 @@
+"""The one adapter between the authors' numbers and this library (shared/DESIGN.md, section 6).
+
+Names are translated here and in the `goldens_<room>.py` beside it; the mathematics is the library's.
+`shared/tools/check_goldens.py` loads this file, and so do our tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+_MODULES = {
+    "goldens_backbones": ("natten", "dinat"),
+    "goldens_generators": ("gna",),
+    "goldens_vlm": ("var", "pai"),
+}
+SYSTEMS = {system: module for module, systems in _MODULES.items() for system in systems}
+
+
+def root() -> Path | None:
+    """Where the goldens lie: $ATTNZOO_GOLDENS, else ../shared/goldens beside the checkout, else None."""
+    named = os.environ.get("ATTNZOO_GOLDENS")
+    places = [Path(named)] if named else [Path(__file__).resolve().parents[2] / "shared" / "goldens"]
+    return next((p for p in places if p.is_dir()), None)
+
+
+def _room(system: str) -> Any:
+    if system not in SYSTEMS:
+        raise KeyError(f"no adapter for the system {system!r}; there are {sorted(SYSTEMS)}")
+    return importlib.import_module(SYSTEMS[system])
+
+
+def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
+    """The expected values of one case, computed by attnzoo's public functions.
+
+    meta: the case's json plus "system" and "variant". tensors: every tensor that is not an expected value; their
+    dtype is the computation's. backend: a kernel back end, None for the default.
+    """
+    return _room(meta["system"]).run(meta, tensors, backend)
+
+
+def load_published(system: str, entrypoint: str, state: dict[str, Tensor]) -> nn.Module:
+    """The timm model that `entrypoint` published, with the authors' parameters in it, loaded strictly."""
+    return _room(system).load_published(system, entrypoint, state)

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 _MODULES = {
-    "goldens_backbones": ("natten", "dinat"),
+    "goldens_kernels": ("natten",),
+    "goldens_backbones": ("dinat",),
     "goldens_generators": ("gna",),
     "goldens_vlm": ("var", "pai"),
 }

@@ -7,15 +7,17 @@ Importing registers the backbones' names with timm, where timm is installed, and
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
 
 _ROOMS = ("backbones", "catalog", "configs", "errors", "generators", "kernels", "miniatures", "vlm")
 
-if importlib.util.find_spec("timm") is not None:
+try:
     from attnzoo import backbones  # noqa: F401  registers names with timm
+except ModuleNotFoundError as missing:  # the other rooms do without timm and what it needs
+    if (missing.name or "").split(".")[0] not in ("timm", "torchvision"):
+        raise
 
 
 def __getattr__(name: str) -> Any:

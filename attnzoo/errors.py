@@ -39,10 +39,12 @@ def check_tensor(name: str, value: Any, ndim: int | None = None, dtypes: Iterabl
 
 
 def check_same(attribute: str, **tensors: torch.Tensor | None) -> None:
-    """Raise ValueError unless all given tensors agree in `attribute` ("dtype", "device" or "shape"); None is skipped."""
+    """Raise ValueError unless the tensors agree in `attribute` ("dtype", "device" or "shape"); None is skipped."""
     given = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
     if len(set(given.values())) > 1:
-        raise ValueError(f"tensors must share one {attribute}, got " + ", ".join(f"{n}.{attribute}={v}" for n, v in given.items()))
+        raise ValueError(
+            f"tensors must share one {attribute}, got " + ", ".join(f"{n}.{attribute}={v}" for n, v in given.items())
+        )
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -63,7 +65,9 @@ def per_axis(name: str, value: Any, rank: int, kind: type = int, low: int | None
 
     Raises TypeError for an entry of another type and ValueError for a wrong count or an entry below `low`.
     """
-    entries: Sequence[Any] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
+    entries: Sequence[Any] = (
+        tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
+    )
     if len(entries) != rank:
         raise ValueError(f"{name} must be one value or one per axis ({rank}), got {len(entries)}: {value!r}")
     for entry in entries:

@@ -1,0 +1,330 @@
+"""The command line: thin doors to public functions. An error is one line that says what would help, exit status 2.
+
+ATTNZOO_TRACEBACK=1 shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attnzoo.errors import AttnzooError, ReachError, check_choice
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Attention methods where you already work: timm, diffusers, transformers.",
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train an embedded model.")
+app.add_typer(train_app, name="train")
+
+_EXTRAS = {
+    "diffusers": "generators",
+    "accelerate": "generators",
+    "transformers": "vlm",
+    "open_clip": "clip",
+    "gradio": "demo",
+    "matplotlib": "demo",
+    "sklearn": "demo",
+}
+
+Params = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="A method's setting, KEY=VALUE; VALUE is read as JSON, else as text."),
+]
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs as keyword arguments; `kernel_size=[3,5]` is a list, `layers=1` an int."""
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, sign, value = pair.partition("=")
+        if not sign or not key.isidentifier():
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def _beside(name: str) -> ModuleType:
+    """A module that stands beside the package in a source checkout, not installed with it."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / name.split(".")[0]).is_dir():
+        raise FileNotFoundError(
+            f"{name} is part of the source checkout, which was not found at {root}; clone the repository"
+        )
+    sys.path.insert(0, str(root))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(root))
+
+
+def _existing(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        if not path.is_file():
+            raise ReachError(f"IMAGE {str(path)!r} is not a file; give the path of a picture that PIL can open")
+    return paths
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for index.html and results.json.")] = Path("outputs"),
+    seed: Annotated[int, typer.Option(help="Seed of scenes, samples and resamples.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer scenes and samples: wider intervals.")] = False,
+) -> None:
+    """Run the main job of every room on the embedded models and write one HTML page."""
+    from attnzoo.miniatures import demo as job
+
+    page = job.run(out, seed=seed, quick=quick)
+    typer.echo(str(page))
+
+
+@app.command("list")
+def list_(
+    room: Annotated[
+        str | None, typer.Argument(help="kernels, backbones, generators or vlm; all of them without it.")
+    ] = None,
+) -> None:
+    """List the catalogued methods."""
+    from attnzoo import catalog
+
+    table = Table("method", "room", "status", "kernel", "paper")
+    for method in catalog.list_methods(room):
+        table.add_row(method.name, method.room, method.status, method.operation, method.paper)
+    _console().print(table)
+
+
+@app.command()
+def info(
+    method: Annotated[str | None, typer.Argument(help="A method's name; without it, this machine.")] = None,
+) -> None:
+    """Tell about one method, or about versions, devices and kernel back ends here."""
+    from attnzoo import catalog
+
+    table = Table(show_header=False)
+    if method is not None:
+        row = catalog.get(method)
+        for key in (
+            "name",
+            "title",
+            "room",
+            "operation",
+            "paper",
+            "code",
+            "licence",
+            "weights_licence",
+            "status",
+            "why",
+            "test",
+        ):
+            if value := getattr(row, key):
+                table.add_row(key, str(value))
+        if row.models:
+            table.add_row("models", ", ".join(row.models))
+        if row.neutral:
+            table.add_row("neutral", ", ".join(f"{k}={v}" for k, v in row.neutral.items()))
+    else:
+        import platform
+
+        import torch
+
+        import attnzoo
+        from attnzoo.kernels import dispatch
+
+        table.add_row("attnzoo", attnzoo.__version__)
+        table.add_row("python", platform.python_version())
+        for name in ("torch", "triton", "timm", "diffusers", "transformers", "accelerate", "open_clip", "gradio"):
+            try:
+                table.add_row(name, importlib.import_module(name).__version__)
+            except ImportError:
+                table.add_row(name, "not installed")
+        cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        table.add_row("GPU", cuda)
+        table.add_row("CPU threads", str(torch.get_num_threads()))
+        for backend in dispatch.BACKENDS:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            why = dispatch.device_reasons(backend, device)
+            table.add_row(f"kernels: {backend}", "; ".join(why) or "available")
+        for room in ("backbones", "generators", "vlm"):
+            table.add_row(f"methods in {room}", str(len(catalog.list_methods(room))))
+    _console().print(table)
+
+
+@app.command()
+def check(
+    what: Annotated[str, typer.Argument(help="miniatures: the shipped models against their bars.")] = "miniatures",
+    name: Annotated[list[str] | None, typer.Option(help="Only these models.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the rows as JSON.")] = None,
+) -> None:
+    """Measure the shipped models on held-out data and compare with their bars; exit status 1 where one is missed."""
+    from attnzoo import miniatures
+
+    check_choice("WHAT", what, ("miniatures",))
+    rows = miniatures.check(name or None)
+    table = Table("model", "figure", "value", "95 % interval", "bar", "n", "")
+    for row in rows:
+        interval = "" if row["interval"] is None else "{:.3f} to {:.3f}".format(*row["interval"])
+        verdict = "reported" if row["ok"] is None else "ok" if row["ok"] else "MISSED"
+        table.add_row(row["name"], row["figure"], f"{row['value']:.3f}", interval, row["bar"], str(row["n"]), verdict)
+    _console().print(table)
+    if out is not None:
+        out.write_text(json.dumps(rows, indent=1))
+    if any(row["ok"] is False for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    operation: Annotated[str, typer.Argument(help="A kernel operation.")] = "neighborhood_attention",
+    device: Annotated[
+        str, typer.Option(help="cpu: ratios of thread CPU time against a peer; cuda: absolute times.")
+    ] = "cpu",
+    threads: Annotated[int, typer.Option(help="torch threads of the ratio runs.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Time an operation against a named peer, after their results were compared."""
+    arguments = [operation, "--device", device, "--threads", str(threads)]
+    _beside("benchmarks.ops").main([*arguments, *(["--json", str(out)] if out else [])])
+
+
+@train_app.command("miniature")
+def train_miniature(
+    name: Annotated[str, typer.Argument(help="llava, dinat_world, dinat_digits or generator.")],
+    out: Annotated[Path, typer.Option(help="Folder for the weights and the model card.")] = Path("outputs/train"),
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps per stage, for a short try; the recipe's without it.")
+    ] = None,
+) -> None:
+    """Train one of the embedded models from its recipe."""
+    from attnzoo import miniatures
+
+    miniatures.train(name, out / name, seed=seed, device=device, steps=steps)
+    typer.echo(str(out / name))
+
+
+@app.command()
+def classify(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures that PIL can open.")],
+    model: Annotated[str, typer.Option(help="A timm name (dinat_tiny, nat_mini …), or miniature.")] = "miniature",
+    checkpoint: Annotated[Path | None, typer.Option(help="Local weights: the authors' file or safetensors.")] = None,
+    hub: Annotated[str | None, typer.Option(help="Weights on the Hugging Face hub, ORG/NAME.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 5,
+) -> None:
+    """Classify pictures with one of the backbones."""
+    from attnzoo import backbones
+
+    _existing(images)
+    if model == "miniature":
+        if checkpoint or hub:
+            raise ValueError(
+                "--model miniature has its own weights: name a timm model to go with --checkpoint or --hub"
+            )
+        from attnzoo import miniatures
+
+        found = miniatures.classify(images, topk=top_k)
+    else:
+        found = backbones.classify(images, model=model, checkpoint=checkpoint, hub=hub, topk=top_k)
+    table = Table("image", *(f"top {i + 1}" for i in range(len(found[0]))))
+    for path, rows in zip(images, found):
+        table.add_row(str(path), *(f"{label} {probability:.3f}" for label, probability in rows))
+    _console().print(table)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help="What to draw. The miniature knows one or two coloured shapes.")
+    ] = "a red circle",
+    pipeline: Annotated[str, typer.Option(help="A diffusers folder or hub ID, or miniature.")] = "miniature",
+    method: Annotated[str | None, typer.Option(help="A method of the generator room; none draws plainly.")] = None,
+    settings: Params = None,
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    height: Annotated[int | None, typer.Option(help="Pixels; the pipeline's default without it.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the pipeline's default without it.")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("outputs/generated.png"),
+) -> None:
+    """Generate a picture, plainly or with a method switched on."""
+    from attnzoo import generators
+
+    image = generators.generate(
+        prompt,
+        pipeline=pipeline,
+        method=method,
+        seed=seed,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        **_settings(settings),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    image.save(out)
+    typer.echo(str(out))
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture that PIL can open.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask, in the model's own form.")],
+    model: Annotated[str, typer.Option(help="A transformers folder or hub ID, or miniature.")] = "miniature",
+    method: Annotated[str | None, typer.Option(help="A method of the vlm room; none answers plainly.")] = None,
+    settings: Params = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+) -> None:
+    """Ask a vision-language model about a picture, plainly or with a method switched on."""
+    from attnzoo import vlm
+
+    _existing([image])
+    typer.echo(vlm.ask(image, prompt, model=model, method=method, max_new_tokens=max_new_tokens, **_settings(settings)))
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=1024, max=65535, help="Port on 127.0.0.1.")] = 7860,
+) -> None:
+    """Serve the demo application on 127.0.0.1."""
+    _beside("demos.app").main(port=port)
+
+
+def main() -> None:
+    """Entry point: what is wrong is one line on stderr, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except ModuleNotFoundError as missing:
+        name = (missing.name or "").split(".")[0]
+        if os.environ.get("ATTNZOO_TRACEBACK") == "1" or name not in _EXTRAS:
+            raise
+        _fail(f"{name} is not installed: pip install 'attnzoo[{_EXTRAS[name]}]'")
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
+    except Exception as error:
+        if os.environ.get("ATTNZOO_TRACEBACK") == "1":
+            raise
+        if isinstance(error, AttnzooError | ValueError | TypeError | OSError) and str(error):
+            _fail(str(error))
+        _fail(f"{type(error).__name__}: {error}; ATTNZOO_TRACEBACK=1 shows where")
+
+
+def _fail(message: str, status: int = 2) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print("error:", message, markup=False)
+    sys.exit(status)

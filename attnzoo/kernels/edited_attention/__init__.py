@@ -1,1 +1,282 @@
-"""."""
+"""Attention whose softmax is edited for some rows, without the matrix for the rest.
+
+Layout: query [B, Nq, H, D], key [B, Nk, Hkv, D], value [B, Nk, Hkv, Dv], H a multiple of Hkv. Strided tensors are taken
+as they are (transformers' [B, H, N, D] enters as `tensor.transpose(1, 2)`). One row of logits, a = q . k * scale:
+
+    s = softcap tanh(a / softcap)         (Gemma 2; s = a where softcap is None)
+    s = s + boost |s|                     (edit: PAI, PAINT)
+    s = s + key_bias                      (edit: PASTA, ZeroTuning)
+    s = (s + mask) / temperature          (edit: temperature)
+    p = softmax(s over the keys that the row sees)
+
+scale, softcap and visibility belong to the model and hold for every row; the edits hold for `rows`. Different edits for
+different rows are several calls on `query[:, start:stop]` with `visibility.rows(start, stop)`.
+
+With `groups` [B or 1, H or 1, Nk] (uint8, each below num_groups <= 8) the keys are split and every group gets its own
+softmax: group_output [B, R, H, G, Dv] and group_lse [B, R, H, G]. The groups' masses are softmax(group_lse), so that
+whatever multiplies p by one factor per group (VAR, ACT, GIFT) is a sum over G vectors: `combine_groups`.
+
+Memory: unedited rows go through F.scaled_dot_product_attention, at most MASK_ELEMENTS mask entries at a time; edited
+rows never hold more than SCORE_ELEMENTS logits at a time on the CPU and none on the GPU. Sources: shared/specs/vlm.md
+section 2 ("Fused kernel contract"); PAI 9bbd8bd attention.py; VAR 98e62d6 src/logic/logic.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.errors import UnsupportedError, check_choice
+from attnzoo.kernels import dispatch
+from attnzoo.kernels.edited_attention import reference
+from attnzoo.kernels.edited_attention.problem import (
+    MAX_GROUPS,
+    Edits,
+    Visibility,
+    check_edits,
+    check_inputs,
+    check_visibility,
+    resolve_rows,
+)
+
+__all__ = [
+    "MASK_ELEMENTS",
+    "MAX_GROUPS",
+    "Visibility",
+    "attention_column_sums",
+    "attention_probs",
+    "combine_groups",
+    "edited_attention",
+    "group_masses",
+    "grouped_attention",
+]
+
+MASK_ELEMENTS = 1 << 22
+
+Rows = tuple[int, int | None] | None
+Rule = Callable[[Tensor], Tensor]
+
+_REASONS: dict[str, dispatch.Reasons] = {"reference": lambda problem: []}
+
+
+def _edited_rows(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, edits: Edits, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Grouped attention of all of q's rows: group_output [B, R, H, G, Dv], group_lse [B, R, H, G]."""
+    dispatch.choose("edited_attention", backend, (q, k, v, visibility, edits), q.device, _REASONS)
+    return reference.grouped(q, k, v, visibility, edits)
+
+
+def _stock_rows(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, edits: Edits) -> Tensor:
+    """Unedited rows by the stock fused kernel: [B, R, H, Dv]. Masks are built for a few rows at a time."""
+    num_rows, num_keys, offset = q.shape[1], k.shape[1], visibility.query_offset
+    assert offset is not None
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    gqa = q.shape[1] != k.shape[1]
+    scale = edits.scale
+    only_causal = visibility.is_causal and visibility.window_size is None
+    masked = visibility.key_mask is not None or visibility.mask is not None
+    spans = visibility.span_ids is not None and (visibility.is_causal or visibility.window_size is not None)
+    if not masked and not spans and visibility.window_size is None:
+        if not visibility.is_causal:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa).transpose(1, 2)
+        if offset == 0 and num_rows <= num_keys:
+            k, v = k[:, :, :num_rows], v[:, :, :num_rows]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
+    step = max(1, MASK_ELEMENTS // max(1, q.shape[0] * num_keys))
+    parts = []
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        part = visibility.rows(start, stop)
+        upto = min(num_keys, max(0, offset + stop)) if only_causal and not spans else num_keys
+        allowed = reference.visible(part, stop - start, num_keys, q.device)
+        bias = part.mask
+        if bias is not None and bias.dtype != torch.bool:
+            allowed = bias.to(q.dtype) if allowed is None else bias.to(q.dtype).masked_fill(~allowed, float("-inf"))
+        mask = None if allowed is None else allowed[..., :upto]
+        rows = q[:, :, start:stop], k[:, :, :upto], v[:, :, :upto]
+        parts.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=gqa))
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def edited_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility | None = None,
+    scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    key_bias: Tensor | None = None,
+    boost: Tensor | None = None,
+    groups: Tensor | None = None,
+    num_groups: int | None = None,
+    rule: Rule | Tensor | None = None,
+    renormalise: bool = False,
+    rows: Rows = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention with the edits applied to `rows`; unedited rows go through F.scaled_dot_product_attention.
+
+    visibility: which keys a row sees; None is causal, the queries being the last Nq of the Nk tokens.
+    scale: None means D ** -0.5; 0.0 is 0.0.
+    key_bias, boost: [B or 1, H or 1, Nk], see the formulas above.
+    rule: needed with groups: a function from the masses [B, R, H, G] (float32) to factors that broadcast to them, or the
+        factors themselves. Each group's probabilities are multiplied by its factor, and rescaled to sum 1 where
+        `renormalise` is set.
+    rows: the edited rows, (start, stop) as in a slice (negative numbers and stop=None included). None: all; (-1, None):
+        the last.
+    return_lse: also the natural-log normaliser of the edited logits, before `rule`, for all rows; the unedited rows then
+        go through this operation too.
+    Returns output [B, Nq, H, Dv], contiguous, in query's dtype, and with return_lse the lse, float32 [B, Nq, H]. A row
+    that sees no key gives output 0, lse -inf and gradient 0.
+    Raises TypeError or ValueError that names the argument, and UnsupportedError where a back end can't serve.
+    """
+    check_inputs(query, key, value)
+    seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
+    edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost, groups, num_groups)
+    if (rule is None) != (groups is None):
+        raise ValueError(f"rule and groups go together, got rule={type(rule).__name__}, groups={type(groups).__name__}")
+    num_rows = query.shape[1]
+    start, stop = resolve_rows(rows, num_rows)
+    if edits.neutral:
+        start, stop = 0, 0
+    pieces: list[Tensor] = []
+    lses: list[Tensor] = []
+    for first, last, edited in ((0, start, False), (start, stop, True), (stop, num_rows, False)):
+        if first == last:
+            continue
+        q, part = query[:, first:last], seen.rows(first, last)
+        if not edited and not return_lse and softcap is None:
+            pieces.append(_stock_rows(q, key, value, part, edits))
+            continue
+        group_output, group_lse = _edited_rows(q, key, value, part, edits if edited else edits.plain(), backend)
+        if edited and rule is not None:
+            factors = rule if isinstance(rule, Tensor) else rule(group_masses(group_lse))
+            pieces.append(combine_groups(group_output, group_lse, factors, renormalise))
+        else:
+            pieces.append(group_output.squeeze(3))
+        lses.append(torch.logsumexp(group_lse, -1) if group_lse.shape[-1] > 1 else group_lse.squeeze(-1))
+    output = torch.cat(pieces, 1).contiguous() if pieces else query.new_zeros((*query.shape[:3], value.shape[3]))
+    if not return_lse:
+        return output
+    return output, torch.cat(lses, 1) if lses else query.new_zeros(query.shape[:3], dtype=torch.float32)
+
+
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Tensor,
+    num_groups: int,
+    visibility: Visibility | None = None,
+    scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    key_bias: Tensor | None = None,
+    boost: Tensor | None = None,
+    rows: Rows = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Per key group an attention of its own, for `rows` only.
+
+    Arguments as in `edited_attention`. Returns group_output [B, R, H, G, Dv] in query's dtype and group_lse [B, R, H, G]
+    float32, R the number of `rows`; an empty group gives output 0 and lse -inf.
+    """
+    check_inputs(query, key, value)
+    seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
+    edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost, groups, num_groups)
+    start, stop = resolve_rows(rows, query.shape[1])
+    return _edited_rows(query[:, start:stop], key, value, seen.rows(start, stop), edits, backend)
+
+
+def group_masses(group_lse: Tensor) -> Tensor:
+    """Share of each key group in its row's softmax: [..., G] from group_lse [..., G]; 0 for a row without keys."""
+    return reference.softmax_parts(group_lse)[0]
+
+
+def combine_groups(
+    group_output: Tensor, group_lse: Tensor, factors: Tensor | None = None, renormalise: bool = False
+) -> Tensor:
+    """sum over g of factors_g * mass_g * group_output_g: what a post-softmax re-weighting of key groups gives.
+
+    group_output [B, R, H, G, Dv] and group_lse [B, R, H, G] from `grouped_attention`; factors broadcast to group_lse, None
+    means ones (plain attention). renormalise divides by sum of factors_g * mass_g (a row where that is 0 gives 0).
+    Returns [B, R, H, Dv] in group_output's dtype, contiguous.
+    """
+    weights = group_masses(group_lse)
+    if factors is not None:
+        weights = weights * factors.to(weights.dtype)
+    if renormalise:
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1.0, total)
+    return (weights[..., None, :] @ group_output.to(weights.dtype)).squeeze(-2).to(group_output.dtype)
+
+
+def attention_probs(
+    query: Tensor,
+    key: Tensor,
+    visibility: Visibility | None = None,
+    scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    key_bias: Tensor | None = None,
+    boost: Tensor | None = None,
+    rows: Rows = (-1, None),
+    head_reduction: str | None = None,
+) -> Tensor:
+    """The softmax rows themselves, for few `rows` (the last by default): a read-out, for OPERA, GIFT, CARVE.
+
+    head_reduction: None, "max" or "mean" over heads. Other arguments as in `edited_attention`.
+    Returns [B, R, H, Nk], or [B, R, Nk] where heads are reduced; float32 (float64 for float64 inputs).
+    """
+    check_choice("head_reduction", head_reduction, (None, "max", "mean"))
+    check_inputs(query, key, None)
+    seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
+    edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
+    start, stop = resolve_rows(rows, query.shape[1])
+    s = reference.logits(query[:, start:stop], key, seen.rows(start, stop), edits)
+    p = reference.softmax_parts(s)[0].transpose(1, 2)
+    if head_reduction is None:
+        return p.contiguous()
+    return p.amax(2) if head_reduction == "max" else p.mean(2)
+
+
+def attention_column_sums(
+    query: Tensor,
+    key: Tensor,
+    visibility: Visibility | None = None,
+    scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    key_bias: Tensor | None = None,
+    boost: Tensor | None = None,
+    rows: Rows = None,
+) -> Tensor:
+    """Sum over `rows` of the softmax, per key: what every key receives (ACT's sinks), without the matrix.
+
+    Arguments as in `edited_attention`. Returns [B, H, Nk], float32 (float64 for float64 inputs). A read-out without a
+    gradient: UnsupportedError where query, key or an edit asks for one.
+    """
+    check_inputs(query, key, None)
+    seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
+    edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, key_bias, boost)):
+        raise UnsupportedError("attention_column_sums has no gradient: call it under torch.no_grad()")
+    start, stop = resolve_rows(rows, query.shape[1])
+    batch, num_keys, num_heads = query.shape[0], key.shape[1], query.shape[2]
+    total = query.new_zeros((batch, num_heads, num_keys), dtype=reference.statistics_dtype(query.dtype))
+    step = max(1, MASK_ELEMENTS // max(1, batch * num_heads * num_keys))
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        s = reference.logits(query[:, first:last], key, seen.rows(first, last), edits)
+        total += reference.softmax_parts(s)[0].sum(2)
+    return total

@@ -386,25 +386,29 @@ def questions(
 
     The others take the kinds in `absent` in turn: "random", any absent noun none of whose group is there;
     "co-occurring", an absent noun of the scene's own group (the bait) where there is one, else of the group of another
-    object that is there. Where a scene has no noun of a kind, the other kind stands in. Questions may repeat.
-    Raises ValueError for a kind in `absent` that is neither.
+    object that is there; "any", any absent noun. Where a scene has no noun of a kind, any absent one stands in. Nothing
+    is asked twice as long as the scene has enough nouns to ask about.
+    Raises ValueError for an unknown kind in `absent`.
     """
     for kind in absent:
-        _check_choice("absent", kind, ("random", "co-occurring"))
+        _check_choice("absent", kind, ("random", "co-occurring", "any"))
     here = {GROUP_OF[noun] for noun in scene.nouns}
+    unseen = [noun for noun in NOUNS if noun not in scene.nouns]
     pools = {
-        "random": [noun for noun in NOUNS if GROUP_OF[noun] not in here],
+        "random": [noun for noun in unseen if GROUP_OF[noun] not in here],
         "co-occurring": list(scene.bait or scene.co_occurring_absent),
+        "any": unseen,
     }
-    asked = []
+    present = _choose(rng, scene.nouns, len(scene.nouns))
+    asked: list[Question] = []
     for i in range(n):
         if i % 2 == 0:
-            asked.append(Question(scene.nouns[rng.integers(len(scene.objects))], True, "present"))
+            asked.append(Question(present[i // 2 % len(present)], True, "present"))
             continue
-        kind = absent[i // 2 % len(absent)]
-        if not pools[kind]:
-            kind = "random" if kind == "co-occurring" else "co-occurring"
-        asked.append(Question(pools[kind][rng.integers(len(pools[kind]))], False, kind))
+        pool = pools[absent[i // 2 % len(absent)]] or unseen
+        fresh = [noun for noun in pool if all(q.noun != noun for q in asked)] or pool
+        noun = fresh[rng.integers(len(fresh))]
+        asked.append(Question(noun, False, "co-occurring" if GROUP_OF[noun] in here else "random"))
     return [asked[i] for i in rng.permutation(n)]
 
 

@@ -1,0 +1,142 @@
+"""What the recipes share: reading them, streams of random numbers, the optimisation loop, what is written beside weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from attnzoo.configs import read_toml
+
+#: Streams of random numbers that never meet: nothing is chosen on "test".
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The recipe configs/recipes/`name`.toml as a dict."""
+    return read_toml(f"recipes/{name}.toml")
+
+
+def generator(split: str, seed: int, purpose: int = 0) -> np.random.Generator:
+    """A random generator for a split ("train", "validation", "test"); streams of different arguments are independent."""
+    return np.random.default_rng([SPLITS[split], seed, purpose])
+
+
+def capped(recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """The recipe with every stage cut to `steps` and its data to match, for a trial run; unchanged if None."""
+    if steps is None:
+        return recipe
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    cut = {name: dict(part) for name, part in recipe.items()}
+    for part in cut.values():
+        if "steps" in part:
+            part["steps"] = min(part["steps"], steps)
+    batch = max(part.get("batch", 0) for part in cut.values())
+    cut["data"] = {
+        key: min(value, max(16, 4 * steps * batch)) if key in SCALED else value for key, value in cut["data"].items()
+    }
+    cut["validation"] = {key: min(value, 8 * steps) for key, value in cut["validation"].items()}
+    return cut
+
+
+#: The numbers of scenes in a recipe's [data], which a trial run cuts.
+SCALED = ("balanced", "prior", "blank", "scenes", "placed")
+
+
+@dataclass
+class Clock:
+    """Wall and CPU seconds of this process since it was made, and when each stage ended."""
+
+    wall: float = field(default_factory=time.perf_counter)
+    cpu: float = field(default_factory=time.process_time)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def stage(self, name: str) -> None:
+        """Note the CPU seconds since the last stage under `name`."""
+        self.stages[name] = round(time.process_time() - self.cpu - sum(self.stages.values()), 1)
+
+    def report(self, seed: int, steps: int | None, device: str) -> dict[str, Any]:
+        """What the model card says of the training run."""
+        return {
+            "seed": seed,
+            "steps": steps,
+            "device": device,
+            "cpu_seconds": round(time.process_time() - self.cpu, 1),
+            "wall_seconds": round(time.perf_counter() - self.wall, 1),
+            "cpu_seconds_by_stage": self.stages,
+            "threads": torch.get_num_threads(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {processor_name()}",
+            "torch": torch.__version__,
+        }
+
+
+def processor_name() -> str:
+    """The CPU's name as Linux gives it; the platform module's where there is no /proc."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
+
+
+def fit(
+    parameters: Iterable[torch.nn.Parameter],
+    loss: Callable[[int], torch.Tensor],
+    stage: dict[str, Any],
+    optimizer: dict[str, Any],
+    description: str,
+    progress: bool = True,
+    every: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Minimise `loss(step)` with AdamW, a linear warm-up and a cosine to `final_fraction` of the learning rate.
+
+    stage: steps and learning_rate; optimizer: betas, weight_decay, warmup, final_fraction, clip (the recipe's tables).
+    every: called with the number of steps done after each. Returns the losses.
+    Raises FloatingPointError at the first loss that is not finite.
+    """
+    chosen = [p for p in parameters if p.requires_grad]
+    steps, top, low = stage["steps"], stage["learning_rate"], optimizer["final_fraction"]
+    decayed, plain = [p for p in chosen if p.ndim > 1], [p for p in chosen if p.ndim <= 1]
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optimizer["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
+        lr=top,
+        betas=tuple(optimizer["betas"]),
+    )
+    losses: list[float] = []
+    with tqdm(range(steps), desc=description, disable=not progress, mininterval=1.0) as bar:
+        for step in bar:
+            cosine = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in adam.param_groups:
+                group["lr"] = top * min(1.0, (step + 1) / optimizer["warmup"]) * cosine
+            value = loss(step)
+            losses.append(value.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"{description}: the loss is {losses[-1]} at step {step}")
+            adam.zero_grad(set_to_none=True)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(chosen, optimizer["clip"])
+            adam.step()
+            if step % 20 == 19:
+                bar.set_postfix(loss=f"{np.mean(losses[-20:]):.4f}", refresh=False)
+            if every is not None:
+                every(step + 1)
+    return losses
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON that diffs well."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

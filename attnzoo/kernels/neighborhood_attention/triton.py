@@ -1,0 +1,612 @@
+"""Neighborhood attention in Triton, forward; the backward is in `triton_backward.py`.
+
+One kernel serves 1-D, 2-D and 3-D: grids are given three axes, the leading ones of size 1. A program owns one tile of
+queries of one dilation group (the tokens with the same coordinate modulo the dilation) of one head of one batch item.
+It walks the key tiles of the hull of its queries' windows, starting at the hull's corner, masks each pair exactly, and
+keeps an online softmax in float32 and base 2; the additional keys join the same softmax afterwards. Nothing is
+permuted or padded in memory: a group is read through strides multiplied by the dilation.
+
+Source of the geometry: NATTEN 8c8729f (see `problem.py`); of the online softmax: Dao, FlashAttention-2 (2023).
+Importing this module imports triton, so it is itself imported lazily.
+"""
+# mypy: disallow-incomplete-defs=False
+# (Triton kernels annotate only their compile-time arguments.)
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnzoo.kernels.dispatch import interpreting
+from attnzoo.kernels.neighborhood_attention.problem import Problem
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Geometry takes many values in one model: specialising on 1 or on multiples of 16 would only multiply compilations.
+GEOMETRY = [f"{name}{axis}" for name in ("size", "kernel", "stride", "dilation") for axis in range(3)]
+
+
+# ----------------------------------------------------------------------------------------------- parts of the kernels
+
+
+@triton.jit
+def window(p, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr):
+    """First key, one past the last key and unclipped first key of the windows of the queries at positions p."""
+    if CAUSAL:
+        leader = tl.minimum((p // stride) * stride + stride - 1, length - 1)
+        start = leader - kernel + 1
+        first = tl.maximum(start, 0)
+        last = p + 1
+    else:
+        leader = tl.minimum((p // stride) * stride + stride // 2, length - 1)
+        start = leader - kernel // 2
+        if BORDER == "shift":
+            start = tl.minimum(tl.maximum(start, 0), length - kernel)
+        first = start
+        last = start + kernel
+        if BORDER == "mask":
+            first = tl.maximum(first, 0)
+            last = tl.minimum(last, length)
+    return first, last, start
+
+
+@triton.jit
+def queries_of(
+    first, last, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr
+):  # inverse of `window`, for the backward
+    """Range of query positions that holds every query whose window meets the keys first .. last (inclusive).
+
+    The window's ends never decrease with the query's position, so that two bounds suffice; with a stride they may be
+    a few queries too wide, and the pairs are masked exactly in any case.
+    """
+    if CAUSAL:
+        low = first
+        high = last + kernel
+    else:
+        low = first - (kernel - 1) // 2 - stride // 2
+        high = last + kernel // 2 - stride // 2 + stride
+        if BORDER == "shift":  # queries near an end share the window that was moved inward
+            low = tl.where(first < kernel, 0, low)
+            high = tl.where(last >= length - kernel, length, high)
+    return tl.maximum(low, 0), tl.minimum(high, length)
+
+
+@triton.jit
+def place(n, SHAPE1: tl.constexpr, SHAPE2: tl.constexpr):
+    """The three coordinates of the n-th member of a row-major tile [*, SHAPE1, SHAPE2]."""
+    return n // (SHAPE1 * SHAPE2), (n // SHAPE2) % SHAPE1, n % SHAPE2
+
+
+@triton.jit
+def nth_tile(t, count1, count2, RANK: tl.constexpr):
+    """Row-major tile number -> tile coordinates; axes that the rank lacks cost no division."""
+    a0 = t * 0
+    a1 = t * 0
+    a2 = t
+    if RANK >= 2:
+        a2 = t % count2
+        a1 = t // count2
+    if RANK == 3:
+        a0 = a1 // count1
+        a1 = a1 % count1
+    return a0, a1, a2
+
+
+@triton.jit
+def tile_of_program(
+    pid,
+    size0,
+    size1,
+    size2,
+    dilation0,
+    dilation1,
+    dilation2,
+    RANK: tl.constexpr,
+    TILE0: tl.constexpr,
+    TILE1: tl.constexpr,
+    TILE2: tl.constexpr,
+):
+    """Program number -> (number of (batch, head), group per axis, first position of the tile per axis).
+
+    Tiles of one group are neighbours in the launch order: they share keys in the cache.
+    """
+    tiles2 = tl.cdiv(tl.cdiv(size2, dilation2), TILE2)
+    groups2 = tl.minimum(dilation2, size2)
+    t0 = pid * 0
+    t1 = pid * 0
+    g0 = pid * 0
+    g1 = pid * 0
+    t2 = pid % tiles2
+    rest = pid // tiles2
+    if RANK >= 2:
+        tiles1 = tl.cdiv(tl.cdiv(size1, dilation1), TILE1)
+        t1 = rest % tiles1
+        rest = rest // tiles1
+    if RANK == 3:
+        tiles0 = tl.cdiv(tl.cdiv(size0, dilation0), TILE0)
+        t0 = rest % tiles0
+        rest = rest // tiles0
+    g2 = rest % groups2
+    rest = rest // groups2
+    if RANK >= 2:
+        groups1 = tl.minimum(dilation1, size1)
+        g1 = rest % groups1
+        rest = rest // groups1
+    if RANK == 3:
+        groups0 = tl.minimum(dilation0, size0)
+        g0 = rest % groups0
+        rest = rest // groups0
+    return rest, g0, g1, g2, t0 * TILE0, t1 * TILE1, t2 * TILE2
+
+
+@triton.jit
+def origin(batch, head, g0, g1, g2, stride_b, stride_0, stride_1, stride_2, stride_h):
+    """64-bit offset of a group's first token of one head of one batch item."""
+    offset = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return offset + g0.to(tl.int64) * stride_0 + g1.to(tl.int64) * stride_1 + g2.to(tl.int64) * stride_2
+
+
+@triton.jit
+def offsets_of(
+    p0,
+    p1,
+    p2,
+    stride_0,
+    stride_1,
+    stride_2,
+    dilation0,
+    dilation1,
+    dilation2,
+    RANK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Offsets of group positions from the group's first token; in 64 bits where WIDE."""
+    if WIDE:
+        dilation0 = dilation0.to(tl.int64)
+        dilation1 = dilation1.to(tl.int64)
+        dilation2 = dilation2.to(tl.int64)
+    offsets = p2 * (dilation2 * stride_2)
+    if RANK >= 2:
+        offsets += p1 * (dilation1 * stride_1)
+    if RANK == 3:
+        offsets += p0 * (dilation0 * stride_0)
+    return offsets
+
+
+@triton.jit
+def load_rows(pointer, offsets, valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows of COLUMNS contiguous elements as a tile [rows, BLOCK], zero where invalid or beyond COLUMNS.
+
+    UPCAST is for the interpreter, whose bfloat16 arithmetic is wrong.
+    """
+    column = tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if COLUMNS != BLOCK:
+        mask = mask & (column[None, :] < COLUMNS)
+    tile = tl.load(pointer + offsets[:, None] + column[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def store_rows(pointer, offsets, valid, tile, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse of `load_rows`, in the pointer's dtype."""
+    column = tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if COLUMNS != BLOCK:
+        mask = mask & (column[None, :] < COLUMNS)
+    tl.store(pointer + offsets[:, None] + column[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def within(k, first, last):
+    """first <= k < last with one comparison: as unsigned numbers, k below first is larger than any width."""
+    return (k - first).to(tl.uint32, bitcast=True) < (last - first).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
+    """One step: base-2 logits [BM, BN] and values [BN, DV] into running maximum, sum and weighted values."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have met no key yet
+    p = tl.math.exp2(logits - safe[:, None])
+    fade = tl.math.exp2(top - safe)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return new_top, total * fade + tl.sum(p, 1), acc
+
+
+# --------------------------------------------------------------------------------------------------------- the kernel
+
+
+@triton.jit(do_not_specialize=[*GEOMETRY, "num_extra", "heads", "bias_weight0", "bias_weight1"])
+def na_forward(
+    query,
+    key,
+    value,
+    bias,
+    extra_key,
+    extra_value,
+    out,
+    lse,
+    scale,
+    heads,
+    num_extra,
+    size0,
+    size1,
+    size2,
+    kernel0,
+    kernel1,
+    kernel2,
+    stride0,
+    stride1,
+    stride2,
+    dilation0,
+    dilation1,
+    dilation2,
+    q_b,
+    q_0,
+    q_1,
+    q_2,
+    q_h,
+    k_b,
+    k_0,
+    k_1,
+    k_2,
+    k_h,
+    v_b,
+    v_0,
+    v_1,
+    v_2,
+    v_h,
+    ek_b,
+    ek_n,
+    ek_h,
+    ev_b,
+    ev_n,
+    ev_h,
+    bias_b,
+    bias_weight0,
+    bias_weight1,
+    HEADS_PER_KV: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    RANK: tl.constexpr,
+    CAUSAL0: tl.constexpr,
+    CAUSAL1: tl.constexpr,
+    CAUSAL2: tl.constexpr,
+    BORDER: tl.constexpr,
+    BIAS: tl.constexpr,
+    EXTRA: tl.constexpr,
+    WIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TQ0: tl.constexpr,
+    TQ1: tl.constexpr,
+    TQ2: tl.constexpr,
+    TK0: tl.constexpr,
+    TK1: tl.constexpr,
+    TK2: tl.constexpr,
+):
+    """out, lse of one tile of queries. Geometry, strides and tiles as `launch_arguments` lays them out."""
+    BM: tl.constexpr = TQ0 * TQ1 * TQ2
+    BN: tl.constexpr = TK0 * TK1 * TK2
+    rest, g0, g1, g2, t0, t1, t2 = tile_of_program(
+        tl.program_id(0), size0, size1, size2, dilation0, dilation1, dilation2, RANK, TQ0, TQ1, TQ2
+    )
+    b = rest // heads
+    h = rest % heads
+    h_kv = h // HEADS_PER_KV
+    len0 = tl.cdiv(size0 - g0, dilation0)
+    len1 = tl.cdiv(size1 - g1, dilation1)
+    len2 = tl.cdiv(size2 - g2, dilation2)
+
+    i0, i1, i2 = place(tl.arange(0, BM), TQ1, TQ2)
+    p0 = t0 + i0
+    p1 = t1 + i1
+    p2 = t2 + i2
+    valid = (p0 < len0) & (p1 < len1) & (p2 < len2)
+    first0, last0, start0 = window(tl.minimum(p0, len0 - 1), len0, kernel0, stride0, CAUSAL0, BORDER)
+    first1, last1, start1 = window(tl.minimum(p1, len1 - 1), len1, kernel1, stride1, CAUSAL1, BORDER)
+    first2, last2, start2 = window(tl.minimum(p2, len2 - 1), len2, kernel2, stride2, CAUSAL2, BORDER)
+
+    # The hull: window ends never decrease with the position, so the tile's first and last query bound it.
+    low0, _e0, _s0 = window(tl.minimum(t0, len0 - 1), len0, kernel0, stride0, CAUSAL0, BORDER)
+    low1, _e1, _s1 = window(tl.minimum(t1, len1 - 1), len1, kernel1, stride1, CAUSAL1, BORDER)
+    low2, _e2, _s2 = window(tl.minimum(t2, len2 - 1), len2, kernel2, stride2, CAUSAL2, BORDER)
+    _f0, high0, _s0 = window(tl.minimum(t0 + TQ0, len0) - 1, len0, kernel0, stride0, CAUSAL0, BORDER)
+    _f1, high1, _s1 = window(tl.minimum(t1 + TQ1, len1) - 1, len1, kernel1, stride1, CAUSAL1, BORDER)
+    _f2, high2, _s2 = window(tl.minimum(t2 + TQ2, len2) - 1, len2, kernel2, stride2, CAUSAL2, BORDER)
+    count0 = tl.maximum(tl.cdiv(high0 - low0, TK0), 0)
+    count1 = tl.maximum(tl.cdiv(high1 - low1, TK1), 0)
+    count2 = tl.maximum(tl.cdiv(high2 - low2, TK2), 0)
+    tiles = count0 * count1 * count2
+
+    query += origin(b, h, g0, g1, g2, q_b, q_0, q_1, q_2, q_h)
+    key += origin(b, h_kv, g0, g1, g2, k_b, k_0, k_1, k_2, k_h)
+    value += origin(b, h_kv, g0, g1, g2, v_b, v_0, v_1, v_2, v_h)
+    q_offsets = offsets_of(p0, p1, p2, q_0, q_1, q_2, dilation0, dilation1, dilation2, RANK, WIDE)
+    q = load_rows(query, q_offsets, valid, DIM, BLOCK_D, UPCAST)
+    # Rows of out and lse, which are contiguous: [batch, size0, size1, size2, heads].
+    row_of_tile = (((b.to(tl.int64) * size0 + g0) * size1 + g1) * size2 + g2) * heads + h
+    rows = offsets_of(
+        p0, p1, p2, size1 * size2 * heads, size2 * heads, heads, dilation0, dilation1, dilation2, RANK, WIDE
+    )
+    if BIAS == "offset":
+        bias += h * (2 * kernel0 - 1) * bias_weight0
+        bias_row = (kernel0 - 1 - p0) * bias_weight0 + (kernel1 - 1 - p1) * bias_weight1 + kernel2 - 1 - p2
+    if BIAS == "query":
+        area = kernel0 * bias_weight0
+        bias += b.to(tl.int64) * bias_b + (row_of_tile - b.to(tl.int64) * size0 * size1 * size2 * heads) * area
+        bias_row = rows * area - start0 * bias_weight0 - start1 * bias_weight1 - start2
+
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BLOCK_DV], tl.float32)
+    scale2 = scale * LOG2E
+    j0, j1, j2 = place(tl.arange(0, BN), TK1, TK2)
+    for t in tl.range(0, tiles):
+        a0, a1, a2 = nth_tile(t, count1, count2, RANK)
+        c0 = low0 + a0 * TK0 + j0
+        c1 = low1 + a1 * TK1 + j1
+        c2 = low2 + a2 * TK2 + j2
+        real = (c2 >= 0) & (c2 < len2)
+        if RANK >= 2:
+            real = real & (c1 >= 0) & (c1 < len1)
+        if RANK == 3:
+            real = real & (c0 >= 0) & (c0 < len0)
+        k_offsets = offsets_of(c0, c1, c2, k_0, k_1, k_2, dilation0, dilation1, dilation2, RANK, WIDE)
+        v_offsets = offsets_of(c0, c1, c2, v_0, v_1, v_2, dilation0, dilation1, dilation2, RANK, WIDE)
+        k = load_rows(key, k_offsets, real, DIM, BLOCK_D, UPCAST)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+        seen = within(c2[None, :], first2[:, None], last2[:, None])
+        if RANK >= 2:
+            seen = seen & within(c1[None, :], first1[:, None], last1[:, None])
+        if RANK == 3:
+            seen = seen & within(c0[None, :], first0[:, None], last0[:, None])
+        if BIAS != "none":
+            bias_column = c0 * bias_weight0 + c1 * bias_weight1 + c2
+            logits += tl.load(bias + (bias_row[:, None] + bias_column[None, :]), mask=seen, other=0.0).to(
+                tl.float32
+            ) * LOG2E
+        logits = tl.where(seen, logits, float("-inf"))
+        v = load_rows(value, v_offsets, real, DIM_V, BLOCK_DV, UPCAST)
+        top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
+
+    if EXTRA:
+        extra_key += b.to(tl.int64) * ek_b + h_kv.to(tl.int64) * ek_h
+        extra_value += b.to(tl.int64) * ev_b + h_kv.to(tl.int64) * ev_h
+        for t in tl.range(0, num_extra, BN):
+            n = t + tl.arange(0, BN)
+            real = n < num_extra
+            k = load_rows(extra_key, n * ek_n, real, DIM, BLOCK_D, UPCAST)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+            logits = tl.where(real[None, :], logits, float("-inf"))
+            v = load_rows(extra_value, n * ev_n, real, DIM_V, BLOCK_DV, UPCAST)
+            top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    store_rows(out + row_of_tile * DIM_V, rows * DIM_V, valid, acc, DIM_V, BLOCK_DV)
+    natural = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN2)
+    tl.store(lse + row_of_tile + rows, natural, mask=valid)
+
+
+# ------------------------------------------------------------------------------------------------------- the launcher
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut: tiles of queries and keys (three axes), warps per program, pipeline stages."""
+
+    queries: tuple[int, int, int]
+    keys: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    text = resources.files("attnzoo.configs").joinpath("autotune/neighborhood_attention.json").read_text()
+    return json.loads(text)
+
+
+def bucket(head_dim: int, head_dim_v: int) -> int:
+    """The head dims of the configuration table are powers of two from 32: the one that holds both."""
+    return max(32, triton.next_power_of_2(max(head_dim, head_dim_v)))
+
+
+@functools.cache
+def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, vendor: str) -> Config:
+    """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
+
+    vendor is "cuda" or "hip": an entry may carry other numbers for "hip" beside its own.
+    """
+    entry = _table()["kernels"][kernel][str(itemsize)][str(bucket(head_dim, head_dim_v))]
+    entry = {**entry, **(entry.get("hip", {}) if vendor == "hip" else {})}
+    shapes = _table()["tiles"][str(rank)]
+
+    def tile(tokens: int) -> tuple[int, int, int]:
+        shape = shapes[str(tokens)]
+        return (*(1,) * (3 - rank), *shape)  # type: ignore[return-value]
+
+    return Config(tile(entry["queries"]), tile(entry["keys"]), entry["warps"], entry["stages"])
+
+
+def _vendor() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+def precision() -> str:
+    """float32 products are exact (IEEE) unless torch itself was told to use TF32 for its matrix products."""
+    asked = torch.backends.cuda.matmul.fp32_precision
+    if asked == "none":  # not set by itself: it follows the general switch
+        asked = torch.backends.fp32_precision
+    return "tf32" if asked == "tf32" else "ieee"
+
+
+def three(values: tuple, filler: Any) -> tuple:
+    """A tuple of one entry per axis as three axes, `filler` for the leading ones that the grid lacks."""
+    return (*(filler,) * (3 - len(values)), *values)
+
+
+def last_dim_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension has stride 1, else a copy: rows are read as contiguous runs."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def grid_strides(prefix: str, tensor: Tensor) -> dict[str, int]:
+    """Strides of [B, *grid, heads, dim] as the kernels name them, three axes, 0 for the axes that the grid lacks."""
+    batch, *axes, heads, _ = tensor.stride()
+    names = [f"{prefix}_{name}" for name in ("b", "0", "1", "2", "h")]
+    return dict(zip(names, (batch, *three(tuple(axes), 0), heads)))
+
+
+def extra_strides(prefix: str, tensor: Tensor | None) -> dict[str, int]:
+    """Strides of additional keys or values [B, n, heads_kv, dim]."""
+    strides = (0, 0, 0) if tensor is None else tensor.stride()[:3]
+    return dict(zip((f"{prefix}_b", f"{prefix}_n", f"{prefix}_h"), strides))
+
+
+def geometry(problem: Problem) -> dict[str, Any]:
+    """The arguments that say where the windows lie, named as in the kernels."""
+    arguments: dict[str, Any] = {}
+    for name, values in (
+        ("size", problem.grid),
+        ("kernel", problem.kernel_size),
+        ("stride", problem.stride),
+        ("dilation", problem.dilation),
+    ):
+        arguments |= {f"{name}{axis}": value for axis, value in enumerate(three(values, 1))}
+    arguments |= {f"CAUSAL{axis}": value for axis, value in enumerate(three(problem.is_causal, False))}
+    return arguments | {"RANK": problem.rank, "BORDER": problem.border}
+
+
+def blocks(problem: Problem) -> dict[str, Any]:
+    """The compile-time arguments that head dims, dtype and tensors' sizes decide."""
+    return {
+        "HEADS_PER_KV": problem.num_heads // problem.num_heads_kv,
+        "DIM": problem.head_dim,
+        "DIM_V": problem.head_dim_v,
+        "BLOCK_D": max(16, triton.next_power_of_2(problem.head_dim)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(problem.head_dim_v)),
+        "UPCAST": interpreting() and problem.dtype == torch.bfloat16,
+        "PRECISION": precision(),
+    }
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether an offset within one batch item of any of the tensors can pass 2^31 - 1."""
+    return any(
+        sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 2**31 - 1
+        for t in tensors
+        if t is not None
+    )
+
+
+def bias_arguments(bias: Tensor | None, problem: Problem) -> dict[str, int | str]:
+    """How the kernels index a contiguous bias: linearly in key and query positions (offset) or in window slots (query)."""
+    extents = [2 * k - 1 if problem.bias == "offset" else k for k in three(problem.kernel_size, 1)]
+    batch = 0 if bias is None or problem.bias == "offset" or bias.shape[0] == 1 else bias.stride(0)
+    return {
+        "BIAS": problem.bias if bias is not None else "none",
+        "bias_b": batch,
+        "bias_weight0": extents[1] * extents[2],
+        "bias_weight1": extents[2],
+    }
+
+
+def tile_arguments(cfg: Config) -> dict[str, int]:
+    """Tiles, warps and stages as launch arguments."""
+    tiles = {f"TQ{axis}": n for axis, n in enumerate(cfg.queries)} | {f"TK{axis}": n for axis, n in enumerate(cfg.keys)}
+    return tiles | {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
+
+
+def count_tiles(problem: Problem, tile: tuple[int, int, int]) -> int:
+    """Tiles in all dilation groups of one head of one batch item."""
+    per_axis = (
+        min(dilation, size) * triton.cdiv(triton.cdiv(size, dilation), length)
+        for size, dilation, length in zip(three(problem.grid, 1), three(problem.dilation, 1), tile)
+    )
+    return math.prod(per_axis)
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device_of(tensor)
+
+
+def reasons(problem: Problem) -> list[str]:
+    """Why the Triton kernels can't serve a problem; an empty list where they can."""
+    why = []
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        why.append(f"triton computes float32, float16 and bfloat16; got {str(problem.dtype).removeprefix('torch.')}")
+    for name, dim in (("head_dim", problem.head_dim), ("value head_dim", problem.head_dim_v)):
+        if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+            why.append(f"triton takes {name} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}; got {dim}")
+    if not 1 <= problem.rank <= 3:
+        why.append(f"triton takes 1 to 3 grid axes; got {problem.rank}")
+    return why
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    problem: Problem,
+) -> tuple[Tensor, Tensor]:
+    """Attention output [B, *grid, heads, head_dim_v] in the query's dtype, and lse [B, *grid, heads] in float32.
+
+    Inputs are read through their strides; one whose last dimension is not contiguous is copied once, and so is a bias
+    that is not contiguous.
+    """
+    query, key, value = map(last_dim_contiguous, (query, key, value))
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty((*query.shape[:-1], problem.head_dim_v), dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    if out.numel() == 0:
+        return out, lse
+    extra = additional_keys is not None and additional_values is not None and problem.num_additional > 0
+    ek, ev = (last_dim_contiguous(t) if extra and t is not None else None for t in (additional_keys, additional_values))
+    cfg = config("forward", problem.rank, problem.head_dim, problem.head_dim_v, query.element_size(), _vendor())
+    programs = problem.batch * problem.num_heads * count_tiles(problem, cfg.queries)
+    with on_device(query):
+        na_forward[(programs,)](
+            query=query,
+            key=key,
+            value=value,
+            bias=query if bias is None else bias,
+            extra_key=query if ek is None else ek,
+            extra_value=query if ev is None else ev,
+            out=out,
+            lse=lse,
+            scale=problem.scale,
+            heads=problem.num_heads,
+            num_extra=problem.num_additional,
+            EXTRA=extra,
+            WIDE=wide(query, key, value, out, ek, ev, bias if problem.bias == "query" else None),
+            **grid_strides("q", query),
+            **grid_strides("k", key),
+            **grid_strides("v", value),
+            **extra_strides("ek", ek),
+            **extra_strides("ev", ev),
+            **geometry(problem),
+            **blocks(problem),
+            **bias_arguments(bias, problem),
+            **tile_arguments(cfg),
+        )
+    return out, lse

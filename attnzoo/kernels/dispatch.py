@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,44 @@ _ORDER = {"cpu": ("tiled", "reference"), "cuda": ("triton", "flex", "reference")
 _forced: ContextVar[str | None] = ContextVar("attnzoo_backend", default=None)
 
 Reasons = Callable[[Any], list[str]]
+Describe = Callable[..., tuple[Any, torch.device]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an operation tells about itself: its back ends' reasons, and how its public arguments become a problem."""
+
+    reasons: Mapping[str, Reasons]
+    describe: Describe
+
+
+_operations: dict[str, Operation] = {}
+
+
+def register(operation: str, reasons: Mapping[str, Reasons], describe: Describe) -> None:
+    """Make `operation` known to `not_supported_reasons`; an operation's package calls it once, when imported.
+
+    describe(*args, **kwargs): the public function's arguments as (problem, device), raising what that function raises.
+    """
+    _operations[operation] = Operation(reasons, describe)
+
+
+def not_supported_reasons(operation: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
+    """Every reason why `backend` can't serve a call of `operation` with these arguments; empty where it can.
+
+    operation: "neighborhood_attention", say; backend: one of BACKENDS; the rest is what its public function takes
+    (without `backend`). Runs nothing. Raises ValueError for an unknown name, and what the function raises for
+    arguments that no back end takes.
+
+        not_supported_reasons("neighborhood_attention", "triton", query, key, value, kernel_size=7)
+    """
+    check_choice("operation", operation, sorted(_operations))
+    check_choice("backend", backend, BACKENDS)
+    found = _operations[operation]
+    problem, device = found.describe(*args, **kwargs)
+    if backend not in found.reasons:
+        return [f"{operation} has no {backend} back end"]
+    return device_reasons(backend, device) + found.reasons[backend](problem)
 
 
 @contextmanager
@@ -63,7 +102,9 @@ def choose(operation: str, backend: str, problem: Any, device: torch.device, rea
     asked = backend if backend != "auto" else _forced.get()
     if asked is not None:
         if asked not in reasons:
-            raise UnsupportedError(f"{operation}: backend {asked!r} does not exist here; there are {', '.join(reasons)}")
+            raise UnsupportedError(
+                f"{operation}: backend {asked!r} does not exist here; there are {', '.join(reasons)}"
+            )
         why = device_reasons(asked, device) + reasons[asked](problem)
         if why:
             raise UnsupportedError(f"{operation}: backend {asked!r} can't serve this call: " + "; ".join(why))

@@ -1,7 +1,7 @@
 """The formula, gathered window by window: any dtype, any device, every option. The yardstick of every test.
 
-For query n with window slots k: logits[n, k] = scale * <query_n, key_k> + bias, one softmax over the slots that take part
-and the additional keys. Queries go through in chunks, so that the gathered keys stay within _CHUNK elements.
+For query n and slot k of its window: logits[n, k] = scale * <query_n, key_k> + bias, one softmax over the slots that
+take part and the additional keys. Queries go through in chunks, so that the gathered keys stay within _CHUNK elements.
 float64 stays float64; everything else is computed in float32.
 """
 

@@ -1,1 +1,15 @@
-"""."""
+"""Vision backbones as timm models: importing this registers their names with timm and does nothing else.
+
+    import attnzoo, timm
+    model = timm.create_model("dinat_tiny")
+
+Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
+ViT-RPB (nat_isotropic.py).
+"""
+
+from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
+from attnzoo.backbones.dinat_s import DiNAT_s
+from attnzoo.backbones.nat import NAT, DiNAT
+from attnzoo.backbones.nat_isotropic import NATIsotropic
+
+__all__ = ["NAT", "DiNAT", "DiNAT_s", "NATIsotropic", "NeighborhoodAttention2D", "NeighborhoodBlock"]

@@ -1,1 +1,11 @@
-"""."""
+"""Attention methods as switches inside diffusers: `enable(pipe, "gna", kernel_size=...)` and `handle.disable()`.
+
+The only room that imports diffusers. See docs/generators.md.
+"""
+
+from attnzoo.generators.adapters import FAMILIES
+from attnzoo.generators.handles import METHODS, Handle, enable
+from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.window import density, window_mask
+
+__all__ = ["FAMILIES", "METHODS", "Handle", "StepContext", "TokenLayout", "density", "enable", "window_mask"]

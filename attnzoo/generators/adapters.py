@@ -1,0 +1,267 @@
+"""The only model-dependent code: how each diffusers family lays out its tokens. A few lines per family.
+
+Families are found by the model's class name along its bases, so that nothing is imported before it is used.
+Sources: diffusers 0.42.1, models/transformers/transformer_*.py, models/unets/unet_2d_condition.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.errors import UnsupportedError
+from attnzoo.generators.layout import TokenLayout
+
+Arguments = Mapping[str, Any]
+
+_OUTSIDE = "enable on the compiled model (torch.compile first, then enable), or compile its blocks instead"
+
+
+class Family:
+    """Base of the adapters, one object per denoiser. rank: axes of the grid; text: where text tokens stand."""
+
+    rank = 2
+    text = "none"
+    pyramid = False
+    attention = "attn1"  # the last part of a self-attention module's name
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config: Any = getattr(model, "config", None)
+        self._parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The forward's given arguments by name."""
+        return {**dict(zip(self._parameters, args)), **kwargs}
+
+    def role(self, name: str) -> str | None:
+        """Either "joint" or "image" (no text in its sequence); None where `name` is no self-attention of the grid."""
+        if name.rsplit(".", 1)[-1] != self.attention:
+            return None
+        return "image" if self.text == "none" else "joint"
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        """The grid of one forward's arguments, in tokens."""
+        raise NotImplementedError
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """The grid of latents of `frames` x `height` x `width` latent pixels (before any packing)."""
+        raise NotImplementedError
+
+    def references(self, given: Arguments, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Token counts of the reference images that follow the grid."""
+        return ()
+
+    def padding(self, given: Arguments) -> Tensor | None:
+        """bool [B, num_text], True where a text token is real; None where the model masks none."""
+        return None
+
+    def layout(self, given: Arguments, grid: tuple[int, ...] | None = None) -> TokenLayout:
+        """The layout of one forward. grid: the caller's own; read from the arguments where None."""
+        grid = grid or self.grid(given)
+        num_text = 0 if self.text == "none" else int(given["encoder_hidden_states"].shape[1])
+        layout = TokenLayout(grid, num_text, self.text, self.references(given, grid), pyramid=self.pyramid)
+        padding = self.padding(given) if num_text else None
+        if padding is not None and torch.compiler.is_compiling():
+            raise UnsupportedError(f"the text padding's values can't be read inside a compiled whole model: {_OUTSIDE}")
+        return layout.with_padding(padding)
+
+
+class _Patched2D(Family):
+    """Latents [B, C, H, W] cut into squares of patch_size."""
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        return self.latent_grid(1, *given["hidden_states"].shape[-2:])
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        patch = self.config.patch_size
+        return height // patch, width // patch
+
+
+class DiT(_Patched2D):
+    """DiT: image tokens only, a class label instead of text."""
+
+
+class PixArt(_Patched2D):
+    """PixArt alpha and sigma: image tokens; text is read by attn2."""
+
+
+class SD3(_Patched2D):
+    """Stable Diffusion 3 and 3.5: [image, text]; 3.5 medium adds image-only attn2 in its first layers."""
+
+    text = "last"
+
+    def role(self, name: str) -> str | None:
+        return {"attn": "joint", "attn2": "image"}.get(name.rsplit(".", 1)[-1])
+
+
+class UNet(Family):
+    """UNet2DConditionModel (Stable Diffusion 1, 2, XL): image tokens per level; text is read by attn2."""
+
+    pyramid = True
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        return tuple(given["sample"].shape[-2:])
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        return height, width
+
+
+class Flux(Family):
+    """Flux: [text, image, references]; positions in img_ids [N, 3], whose first column is 0 on the image itself."""
+
+    text = "first"
+    attention = "attn"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._seen: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        ids = given["img_ids"]
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                f"Flux's grid stands in the values of img_ids, which a compiled whole model can't read: pass "
+                f"grid=(height, width) in tokens to enable, {_OUTSIDE}"
+            )
+        # The pipeline passes one img_ids to all steps: read the device once per run, not once per step.
+        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == ids._version:
+            return self._seen[2]
+        rows = (ids[0] if ids.ndim == 3 else ids).detach().cpu().long()
+        own = rows[rows[:, 0] == 0, 1:]
+        height, width = (own.amax(0) + 1).tolist() if len(own) else (0, 0)
+        expected = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        if not len(own) or len(own) != len(expected) or not torch.equal(rows[: len(own), 1:], expected):
+            raise UnsupportedError(
+                f"img_ids of {len(rows)} tokens is no {height} x {width} grid, row by row, followed by references: "
+                "the token order of this Flux variant is not known here"
+            )
+        self._seen = (weakref.ref(ids), ids._version, (height, width))
+        return height, width
+
+    def references(self, given: Arguments, grid: tuple[int, ...]) -> tuple[int, ...]:
+        rest = given["hidden_states"].shape[1] - grid[0] * grid[1]
+        return (rest,) if rest else ()
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        return height // 2, width // 2
+
+
+class QwenImage(Family):
+    """Qwen-Image and its edit models: [text, image, references]; grids in img_shapes, text padding masked."""
+
+    rank = 3
+    text = "first"
+    attention = "attn"
+
+    @staticmethod
+    def _shapes(given: Arguments) -> list[tuple[int, ...]]:
+        """The grids of one sample, image first; samples of one batch must agree."""
+        entries = [e if isinstance(e, list) else [e] for e in given["img_shapes"]]
+        samples = [[tuple(int(n) for n in grid) for grid in entry] for entry in entries]
+        if any(sample != samples[0] for sample in samples):
+            raise UnsupportedError(f"img_shapes must be the same for all samples of a batch, got {given['img_shapes']}")
+        return samples[0]
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        return self._shapes(given)[0]
+
+    def references(self, given: Arguments, grid: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(frames * height * width for frames, height, width in self._shapes(given)[1:])
+
+    def padding(self, given: Arguments) -> Tensor | None:
+        return given.get("encoder_hidden_states_mask")
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        return frames, height // 2, width // 2
+
+
+class HunyuanVideo(Family):
+    """HunyuanVideo: [video, text]; as many text tokens as the mask counts are real, the first ones."""
+
+    rank = 3
+    text = "last"
+    attention = "attn"
+
+    def role(self, name: str) -> str | None:
+        return None if name.startswith("context_embedder.") else super().role(name)  # the refiner sees text only
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        return self.latent_grid(*given["hidden_states"].shape[-3:])
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        patch = self.config.patch_size
+        return frames // self.config.patch_size_t, height // patch, width // patch
+
+    def padding(self, given: Arguments) -> Tensor | None:
+        mask = given["encoder_attention_mask"]
+        return torch.arange(mask.shape[1], device=mask.device) < mask.sum(dim=1, keepdim=True)
+
+
+class CogVideoX(Family):
+    """CogVideoX: [text, video]; latents [B, frames, C, H, W]."""
+
+    rank = 3
+    text = "first"
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        frames, _, height, width = given["hidden_states"].shape[-4:]
+        return self.latent_grid(frames, height, width)
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        patch = self.config.patch_size
+        return frames // (self.config.patch_size_t or 1), height // patch, width // patch
+
+
+class Wan(Family):
+    """Wan 2.1 and 2.2: video tokens; text (and the image of image-to-video) is read by attn2."""
+
+    rank = 3
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        return self.latent_grid(*given["hidden_states"].shape[-3:])
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        return tuple(n // patch for n, patch in zip((frames, height, width), self.config.patch_size))
+
+
+class LTX(Family):
+    """LTX-Video: packed video tokens [B, N, C]; num_frames, height and width are arguments of the forward."""
+
+    rank = 3
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        sizes = tuple(given.get(name) for name in ("num_frames", "height", "width"))
+        if None in sizes:
+            raise UnsupportedError("LTX tells its grid by num_frames, height and width: pass them, or grid= to enable")
+        return tuple(int(n) for n in sizes if n is not None)
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        patch = self.config.patch_size
+        return frames // self.config.patch_size_t, height // patch, width // patch
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "CogVideoXTransformer3DModel": CogVideoX,
+    "DiTTransformer2DModel": DiT,
+    "FluxTransformer2DModel": Flux,
+    "HunyuanVideoTransformer3DModel": HunyuanVideo,
+    "LTXVideoTransformer3DModel": LTX,
+    "PixArtTransformer2DModel": PixArt,
+    "QwenImageTransformer2DModel": QwenImage,
+    "SD3Transformer2DModel": SD3,
+    "UNet2DConditionModel": UNet,
+    "WanTransformer3DModel": Wan,
+}
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """A new adapter for `model`, None where its class (and no base of it) is known."""
+    for base in type(model).__mro__:
+        if base.__name__ in FAMILIES:
+            return FAMILIES[base.__name__](model)
+    return None

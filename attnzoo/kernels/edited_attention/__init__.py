@@ -26,15 +26,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.errors import UnsupportedError, check_choice
-from attnzoo.kernels import dispatch
-from attnzoo.kernels.edited_attention import reference
+from attnzoo.kernels.edited_attention import operator, reference, stock
 from attnzoo.kernels.edited_attention.problem import (
+    MASK_ELEMENTS,
     MAX_GROUPS,
-    Edits,
+    SCORE_ELEMENTS,
     Visibility,
     check_edits,
     check_inputs,
@@ -45,6 +44,7 @@ from attnzoo.kernels.edited_attention.problem import (
 __all__ = [
     "MASK_ELEMENTS",
     "MAX_GROUPS",
+    "SCORE_ELEMENTS",
     "Visibility",
     "attention_column_sums",
     "attention_probs",
@@ -54,52 +54,8 @@ __all__ = [
     "grouped_attention",
 ]
 
-MASK_ELEMENTS = 1 << 22
-
 Rows = tuple[int, int | None] | None
 Rule = Callable[[Tensor], Tensor]
-
-_REASONS: dict[str, dispatch.Reasons] = {"reference": lambda problem: []}
-
-
-def _edited_rows(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, edits: Edits, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Grouped attention of all of q's rows: group_output [B, R, H, G, Dv], group_lse [B, R, H, G]."""
-    dispatch.choose("edited_attention", backend, (q, k, v, visibility, edits), q.device, _REASONS)
-    return reference.grouped(q, k, v, visibility, edits)
-
-
-def _stock_rows(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, edits: Edits) -> Tensor:
-    """Unedited rows by the stock fused kernel: [B, R, H, Dv]. Masks are built for a few rows at a time."""
-    num_rows, num_keys, offset = q.shape[1], k.shape[1], visibility.query_offset
-    assert offset is not None
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    gqa = q.shape[1] != k.shape[1]
-    scale = edits.scale
-    only_causal = visibility.is_causal and visibility.window_size is None
-    masked = visibility.key_mask is not None or visibility.mask is not None
-    spans = visibility.span_ids is not None and (visibility.is_causal or visibility.window_size is not None)
-    if not masked and not spans and visibility.window_size is None:
-        if not visibility.is_causal:
-            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa).transpose(1, 2)
-        if offset == 0 and num_rows <= num_keys:
-            k, v = k[:, :, :num_rows], v[:, :, :num_rows]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
-    step = max(1, MASK_ELEMENTS // max(1, q.shape[0] * num_keys))
-    parts = []
-    for start in range(0, num_rows, step):
-        stop = min(start + step, num_rows)
-        part = visibility.rows(start, stop)
-        upto = min(num_keys, max(0, offset + stop)) if only_causal and not spans else num_keys
-        allowed = reference.visible(part, stop - start, num_keys, q.device)
-        bias = part.mask
-        if bias is not None and bias.dtype != torch.bool:
-            allowed = bias.to(q.dtype) if allowed is None else bias.to(q.dtype).masked_fill(~allowed, float("-inf"))
-        mask = None if allowed is None else allowed[..., :upto]
-        rows = q[:, :, start:stop], k[:, :, :upto], v[:, :, :upto]
-        parts.append(F.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=gqa))
-    return torch.cat(parts, 2).transpose(1, 2)
 
 
 def edited_attention(
@@ -126,18 +82,18 @@ def edited_attention(
     visibility: which keys a row sees; None is causal, the queries being the last Nq of the Nk tokens.
     scale: None means D ** -0.5; 0.0 is 0.0.
     key_bias, boost: [B or 1, H or 1, Nk], see the formulas above.
-    rule: needed with groups: a function from the masses [B, R, H, G] (float32) to factors that broadcast to them, or the
-        factors themselves. Each group's probabilities are multiplied by its factor, and rescaled to sum 1 where
+    rule: needed with groups: a function from the masses [B, R, H, G] (float32) to factors that broadcast to them, or
+        the factors themselves. Each group's probabilities are multiplied by its factor, and rescaled to sum 1 where
         `renormalise` is set.
     rows: the edited rows, (start, stop) as in a slice (negative numbers and stop=None included). None: all; (-1, None):
         the last.
-    return_lse: also the natural-log normaliser of the edited logits, before `rule`, for all rows; the unedited rows then
-        go through this operation too.
+    return_lse: also the natural-log normaliser of the edited logits, before `rule`, for all rows; the unedited rows
+        then go through this operation too.
     Returns output [B, Nq, H, Dv], contiguous, in query's dtype, and with return_lse the lse, float32 [B, Nq, H]. A row
     that sees no key gives output 0, lse -inf and gradient 0.
     Raises TypeError or ValueError that names the argument, and UnsupportedError where a back end can't serve.
     """
-    check_inputs(query, key, value)
+    query, key, value = check_inputs(query, key, value)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost, groups, num_groups)
     if (rule is None) != (groups is None):
@@ -153,9 +109,9 @@ def edited_attention(
             continue
         q, part = query[:, first:last], seen.rows(first, last)
         if not edited and not return_lse and softcap is None:
-            pieces.append(_stock_rows(q, key, value, part, edits))
+            pieces.append(stock.rows(q, key, value, part, edits.scale))
             continue
-        group_output, group_lse = _edited_rows(q, key, value, part, edits if edited else edits.plain(), backend)
+        group_output, group_lse = operator.grouped(q, key, value, part, edits if edited else edits.plain(), backend)
         if edited and rule is not None:
             factors = rule if isinstance(rule, Tensor) else rule(group_masses(group_lse))
             pieces.append(combine_groups(group_output, group_lse, factors, renormalise))
@@ -186,14 +142,14 @@ def grouped_attention(
 ) -> tuple[Tensor, Tensor]:
     """Per key group an attention of its own, for `rows` only.
 
-    Arguments as in `edited_attention`. Returns group_output [B, R, H, G, Dv] in query's dtype and group_lse [B, R, H, G]
-    float32, R the number of `rows`; an empty group gives output 0 and lse -inf.
+    Arguments as in `edited_attention`. Returns group_output [B, R, H, G, Dv] in query's dtype and group_lse
+    [B, R, H, G] float32, R the number of `rows`; an empty group gives output 0 and lse -inf.
     """
-    check_inputs(query, key, value)
+    query, key, value = check_inputs(query, key, value)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost, groups, num_groups)
     start, stop = resolve_rows(rows, query.shape[1])
-    return _edited_rows(query[:, start:stop], key, value, seen.rows(start, stop), edits, backend)
+    return operator.grouped(query[:, start:stop], key, value, seen.rows(start, stop), edits, backend)
 
 
 def group_masses(group_lse: Tensor) -> Tensor:
@@ -206,8 +162,8 @@ def combine_groups(
 ) -> Tensor:
     """sum over g of factors_g * mass_g * group_output_g: what a post-softmax re-weighting of key groups gives.
 
-    group_output [B, R, H, G, Dv] and group_lse [B, R, H, G] from `grouped_attention`; factors broadcast to group_lse, None
-    means ones (plain attention). renormalise divides by sum of factors_g * mass_g (a row where that is 0 gives 0).
+    group_output [B, R, H, G, Dv] and group_lse [B, R, H, G] from `grouped_attention`; factors broadcast to group_lse,
+    None means ones (plain attention). renormalise divides by sum of factors_g * mass_g (a row where that is 0 gives 0).
     Returns [B, R, H, Dv] in group_output's dtype, contiguous.
     """
     weights = group_masses(group_lse)
@@ -216,7 +172,8 @@ def combine_groups(
     if renormalise:
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total == 0, 1.0, total)
-    return (weights[..., None, :] @ group_output.to(weights.dtype)).squeeze(-2).to(group_output.dtype)
+    with torch.autocast(group_output.device.type, enabled=False):
+        return (weights[..., None, :] @ group_output.to(weights.dtype)).squeeze(-2).to(group_output.dtype)
 
 
 def attention_probs(
@@ -238,7 +195,7 @@ def attention_probs(
     Returns [B, R, H, Nk], or [B, R, Nk] where heads are reduced; float32 (float64 for float64 inputs).
     """
     check_choice("head_reduction", head_reduction, (None, "max", "mean"))
-    check_inputs(query, key, None)
+    query, key, _ = check_inputs(query, key, key)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
     start, stop = resolve_rows(rows, query.shape[1])
@@ -266,7 +223,7 @@ def attention_column_sums(
     Arguments as in `edited_attention`. Returns [B, H, Nk], float32 (float64 for float64 inputs). A read-out without a
     gradient: UnsupportedError where query, key or an edit asks for one.
     """
-    check_inputs(query, key, None)
+    query, key, _ = check_inputs(query, key, key)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, key_bias, boost)):

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from attnzoo.errors import check_range, check_same, check_tensor
+from attnzoo.kernels.library import autocast
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_GROUPS = 8
+SCORE_ELEMENTS = 1 << 20
+MASK_ELEMENTS = 1 << 22
 HEAD_DIMS = (1, 256)
 
 
@@ -131,27 +134,29 @@ def check_visibility(visibility: Visibility, query: Tensor, key: Tensor) -> Visi
     return visibility.resolved(num_queries, num_keys)
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor | None) -> None:
-    """Check layout, head counts, dtype and device of [B, N, heads, head_dim] tensors; raises TypeError or ValueError."""
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check layout, heads, dtype and device of [B, N, heads, head_dim] tensors; raises TypeError or ValueError.
+
+    Returns them in autocast's dtype where autocast is on.
+    """
     check_tensor("query", query, 4, FLOATS)
     check_tensor("key", key, 4, FLOATS)
-    if value is not None:
-        check_tensor("value", value, 4, FLOATS)
+    check_tensor("value", value, 4, FLOATS)
+    query, key, value = (tensor for tensor in autocast(query, key, value) if tensor is not None)
     check_same("dtype", query=query, key=key, value=value)
     check_same("device", query=query, key=key, value=value)
     (batch, _, num_heads, head_dim), num_heads_kv = query.shape, key.shape[2]
-    wanted = (batch, key.shape[1], num_heads_kv)
     if key.shape[0] != batch or key.shape[3] != head_dim:
         raise ValueError(
             f"key must be [B={batch}, Nk, Hkv, D={head_dim}] as query is {tuple(query.shape)}, got {tuple(key.shape)}"
         )
     if num_heads_kv == 0 or num_heads % num_heads_kv:
         raise ValueError(f"query's heads must be a multiple of key's, got {num_heads} and {num_heads_kv}")
-    if value is not None and tuple(value.shape[:3]) != wanted:
-        raise ValueError(f"value must be [B, Nk, Hkv, Dv] with the first three {wanted}, got {tuple(value.shape)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value must be [B, Nk, Hkv, Dv] with {tuple(key.shape[:3])} first, got {tuple(value.shape)}")
     check_range("query.shape[-1] (head_dim)", head_dim, *HEAD_DIMS)
-    if value is not None:
-        check_range("value.shape[-1] (head_dim)", value.shape[-1], *HEAD_DIMS)
+    check_range("value.shape[-1] (head_dim)", value.shape[-1], *HEAD_DIMS)
+    return query, key, value
 
 
 def check_edits(
@@ -165,7 +170,7 @@ def check_edits(
     groups: Tensor | None = None,
     num_groups: int | None = None,
 ) -> Edits:
-    """The edits as one value, each checked against query and key; raises TypeError or ValueError, naming the argument."""
+    """The edits as one value, each checked against query and key; raises TypeError or ValueError by name."""
     batch, _, num_heads, head_dim = query.shape
     axes = [("B", batch, True), ("H", num_heads, True), ("Nk", key.shape[1], False)]
     if softcap is not None and not softcap > 0:

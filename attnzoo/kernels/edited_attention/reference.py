@@ -49,7 +49,8 @@ def logits(query: Tensor, key: Tensor, visibility: Visibility, edits: Edits) -> 
     repeats = query.shape[2] // key.shape[2]
     q = query.to(dtype).transpose(1, 2)
     k = key.to(dtype).transpose(1, 2).repeat_interleave(repeats, dim=1)
-    s = (q * edits.scale) @ k.transpose(2, 3)
+    with torch.autocast(query.device.type, enabled=False):
+        s = (q * edits.scale) @ k.transpose(2, 3)
     if edits.softcap is not None:
         s = edits.softcap * torch.tanh(s / edits.softcap)
     if edits.boost is not None:

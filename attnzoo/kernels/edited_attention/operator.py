@@ -1,0 +1,116 @@
+"""Edited attention as PyTorch sees it: the custom operator `attnzoo::edited_attention` and which back end serves it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.kernels import dispatch, library
+from attnzoo.kernels.edited_attention import backward, reference, tiled
+from attnzoo.kernels.edited_attention.problem import Edits, Visibility
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? span_ids, Tensor? mask, "
+    "Tensor? key_bias, Tensor? boost, Tensor? groups"
+)
+_OPTIONS = (
+    "bool is_causal, SymInt query_offset, SymInt? window_size, float scale, float? softcap, float temperature, "
+    "int num_groups, str backend"
+)
+_DIFFERENTIABLE = ("query", "key", "value", "", "", "mask", "key_bias", "boost", "")
+
+
+class _Call(NamedTuple):
+    """The operator's arguments, named."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    span_ids: Tensor | None
+    mask: Tensor | None
+    key_bias: Tensor | None
+    boost: Tensor | None
+    groups: Tensor | None
+    is_causal: bool
+    query_offset: int
+    window_size: int | None
+    scale: float
+    softcap: float | None
+    temperature: float
+    num_groups: int
+    backend: str
+
+    @property
+    def visibility(self) -> Visibility:
+        return Visibility(self.is_causal, self.query_offset, self.window_size, self.key_mask, self.span_ids, self.mask)
+
+    @property
+    def edits(self) -> Edits:
+        return Edits(
+            self.scale, self.softcap, self.temperature, self.key_bias, self.boost, self.groups, self.num_groups
+        )
+
+
+def _forward(*arguments: object) -> tuple[Tensor, ...]:
+    call = _Call(*arguments)  # type: ignore[arg-type]
+    module: ModuleType = {"reference": reference, "tiled": tiled}[call.backend]
+    with torch.autocast(call.query.device.type, enabled=False):
+        return module.grouped(call.query, call.key, call.value, call.visibility, call.edits)
+
+
+def _fake(*arguments: object) -> tuple[Tensor, ...]:
+    call = _Call(*arguments)  # type: ignore[arg-type]
+    shape = (*call.query.shape[:3], call.num_groups)
+    return (
+        call.query.new_empty((*shape, call.value.shape[3])),
+        call.query.new_empty(shape, dtype=reference.statistics_dtype(call.query.dtype)),
+    )
+
+
+def _backward(grads: tuple, tensors: tuple, results: tuple, options: tuple, needs: tuple) -> list[Tensor | None]:
+    call = _Call(*tensors, *options)
+    wanted = {name: needed for name, needed in zip(_DIFFERENTIABLE, needs) if name}
+    with torch.autocast(call.query.device.type, enabled=False):
+        found = backward.gradients(grads, tensors[:3], results, call.visibility, call.edits, wanted)
+    return [found.get(name) for name in _DIFFERENTIABLE]
+
+
+_operator = library.register(
+    "edited_attention", _TENSORS, _OPTIONS, ("group_output", "group_lse"), _forward, _fake, _backward
+)
+
+REASONS: dict[str, dispatch.Reasons] = {"tiled": lambda problem: [], "reference": lambda problem: []}
+
+
+def grouped(
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, edits: Edits, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Every row of query edited: group_output [B, R, H, G, Dv], group_lse [B, R, H, G] (G = 1 without groups)."""
+    assert visibility.query_offset is not None
+    problem = (query, key, value, visibility, edits)
+    backend = dispatch.choose("edited_attention", backend, problem, query.device, REASONS)
+    query, key, value = (library.last_dim_contiguous(tensor) for tensor in (query, key, value))
+    output, group_lse = _operator(
+        query,
+        key,
+        value,
+        visibility.key_mask,
+        visibility.span_ids,
+        visibility.mask,
+        edits.key_bias,
+        edits.boost,
+        edits.groups,
+        visibility.is_causal,
+        visibility.query_offset,
+        visibility.window_size,
+        edits.scale,
+        edits.softcap,
+        edits.temperature,
+        edits.num_groups,
+        backend,
+    )
+    return output, group_lse

@@ -1,0 +1,89 @@
+"""The CPU path: a few rows at a time, dense over the keys that they can see.
+
+At most SCORE_ELEMENTS logits live at once, but never less than one row of one kv head. Key groups: for few rows
+(decode) each group's logits are masked out of the one score block and the values are read once; for many rows, with
+groups that all heads share, keys and values are first gathered group by group (one copy of them), and no product is
+computed twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.kernels.edited_attention.blocks import INF, Block, Keys, blocks, cap, edit
+from attnzoo.kernels.edited_attention.problem import Edits, Visibility
+from attnzoo.kernels.edited_attention.reference import statistics_dtype
+
+GATHER_FROM_ROWS = 32
+
+
+def _attend(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(s) @ v and lse for s [heads, M, n], v [heads, n, Dv]; overwrites s."""
+    if s.shape[-1] == 0:
+        return s.new_zeros((*s.shape[:-1], v.shape[-1])), s.new_full(s.shape[:-1], -INF)
+    top = s.amax(-1, keepdim=True)
+    top.masked_fill_(top == -INF, 0.0)
+    s.sub_(top).exp_()
+    total = s.sum(-1, keepdim=True)
+    output = torch.bmm(s, v).div_(torch.where(total == 0, 1.0, total))
+    return output, total.log_().add_(top).squeeze(-1)
+
+
+def _split(s: Tensor, v: Tensor, ids: Tensor, block: Block, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Every group's softmax from one block of logits: output [rows, heads, G, Dv], lse [rows, heads, G].
+
+    s [kv heads, repeats, rows, n]; ids, the keys' groups, [kv heads or 1, repeats or 1, 1, n].
+    """
+    group = torch.arange(num_groups, device=s.device, dtype=torch.uint8).view(-1, 1, 1, 1)
+    own = s.unsqueeze(1).masked_fill(ids.unsqueeze(1) != group, -INF)
+    output, lse = _attend(own.flatten(1, 3), v)
+    shape = (num_groups, block.repeats, block.num_rows)
+    output = output.unflatten(1, shape).permute(3, 0, 2, 1, 4).flatten(1, 2)
+    return output, lse.unflatten(1, shape).permute(3, 0, 2, 1).flatten(1, 2)
+
+
+def grouped(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, edits: Edits) -> tuple[Tensor, Tensor]:
+    """group_output [B, R, H, G, Dv] in query's dtype and group_lse [B, R, H, G] of all of query's rows."""
+    dtype = statistics_dtype(query.dtype)
+    num_keys, num_heads_kv = key.shape[1:3]
+    shape = (*query.shape[:3], edits.num_groups)
+    output = query.new_empty((*shape, value.shape[3]))
+    group_lse = query.new_empty(shape, dtype=dtype)
+    folded_rows = query.shape[1] * query.shape[2] // num_heads_kv
+    gather = edits.groups is not None and edits.groups.shape[1] == 1 and folded_rows >= GATHER_FROM_ROWS
+    kept: tuple[int, int] | None = None
+    k = v = key
+    members: list[tuple[Tensor, Tensor, Tensor]] = []
+    for block in blocks(query, key, visibility, 1 if gather else edits.num_groups):
+        if kept != (block.batch, block.first):
+            kept, heads = (block.batch, block.first), slice(block.first, block.last)
+            k = key[block.batch, :, heads].to(dtype).transpose(0, 1)
+            v = value[block.batch, :, heads].to(dtype).transpose(0, 1)
+            if gather and edits.groups is not None:
+                ids = edits.groups[block.batch if edits.groups.shape[0] > 1 else 0, 0]
+                found = [(ids == group).nonzero().squeeze(1) for group in range(edits.num_groups)]
+                members = [(places, k[:, places], v[:, places]) for places in found]
+        rows = block.fold(query, dtype) * edits.scale
+
+        def edited(own_keys: Tensor, keys: Keys, rows: Tensor = rows, block: Block = block) -> Tensor:
+            s = cap(torch.bmm(rows, own_keys.transpose(1, 2)), edits).unflatten(1, (block.repeats, -1))
+            return edit(s, block, keys, visibility, edits, num_keys)
+
+        if gather:
+            for group, (places, own_k, own_v) in enumerate(members):
+                low, high = torch.searchsorted(places, torch.tensor([block.low, block.high])).tolist()
+                o, lse = _attend(edited(own_k[:, low:high], places[low:high]).flatten(1, 2), own_v[:, low:high])
+                output[block.where][:, :, group] = block.unfold(o)
+                group_lse[block.where][:, :, group] = block.unfold(lse)
+            continue
+        keys = slice(block.low, block.high)
+        s = edited(k[:, keys], keys)
+        if edits.groups is None:
+            o, lse = _attend(s.flatten(1, 2), v[:, keys])
+            output[block.where][:, :, 0] = block.unfold(o)
+            group_lse[block.where][:, :, 0] = block.unfold(lse)
+        else:
+            ids = block.of_heads(edits.groups)[..., None, keys]
+            output[block.where], group_lse[block.where] = _split(s, v[:, keys], ids, block, edits.num_groups)
+    return output, group_lse

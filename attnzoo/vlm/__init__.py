@@ -1,1 +1,24 @@
-"""."""
+"""Training-free edits of attention for transformers' vision-language models; see docs/vlm.md.
+
+with attnzoo.vlm.edit(model, "var"):
+    model.generate(**inputs)
+"""
+
+from __future__ import annotations
+
+from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Regroup
+from attnzoo.vlm.image_tokens import FAMILIES, image_positions
+from attnzoo.vlm.session import METHODS, Session, edit
+
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "Edit",
+    "HeadScale",
+    "KeyBias",
+    "LogitMap",
+    "Regroup",
+    "Session",
+    "edit",
+    "image_positions",
+]

@@ -1,0 +1,392 @@
+"""Sessions: edits that are open on a model, and how each forward of it finds its own."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from attnzoo.errors import SeamError, UnsupportedError, check_tensor
+from attnzoo.vlm import interception
+from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Regroup, make_plan
+from attnzoo.vlm.image_tokens import image_positions, image_token_ids, refuse_unsupported
+from attnzoo.vlm.interception import ARGUMENT, LOCK, PASSED
+from attnzoo.vlm.pai import pai
+from attnzoo.vlm.state import CallState, Step
+from attnzoo.vlm.var import var
+
+METHODS: dict[str, Callable[..., tuple[Edit, ...]]] = {"pai": pai, "var": var}
+_PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What `session.generate` and `session.forward` know beyond a plain call."""
+
+    session: Session
+    prompt_length: int | None
+    image_mask: Tensor | None
+
+
+_open_here: ContextVar[tuple[Session, ...]] = ContextVar("attnzoo_vlm_open", default=())
+_call: ContextVar[_Call | None] = ContextVar("attnzoo_vlm_call", default=None)
+_records: weakref.WeakKeyDictionary[nn.Module, _Record] = weakref.WeakKeyDictionary()
+
+
+class _Record:
+    """The sessions that are open on one model, and the hooks that serve them all."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.sessions: list[Session] = []
+        self.states: weakref.WeakKeyDictionary[Cache, CallState] = weakref.WeakKeyDictionary()
+        self.parameters = list(inspect.signature(model.forward).parameters)
+        layers = interception.decoder_layers(model)
+        self.attentions = [layer.self_attn for layer in layers]
+        self.handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        for index, layer in enumerate(layers):
+            self.handles.append(layer.register_forward_pre_hook(_residual_hook(index), with_kwargs=True))
+        interception.mark(self.attentions)
+
+    def close(self) -> None:
+        interception.unmark(self.attentions)
+        for handle in self.handles:
+            handle.remove()
+
+    def applicable(self, model: nn.Module) -> tuple[Session, ...]:
+        """The sessions that hold for the call that is running in this thread."""
+        call = _call.get()
+        if call is not None and call.session.model is model:
+            return call.session.stack()
+        still = tuple(self.sessions)
+        own = tuple(s for s in _open_here.get() if s in still)
+        if own or not still:
+            return own
+        if len({s.owner for s in still}) > 1:
+            raise UnsupportedError(
+                f"{len(still)} sessions are open on this model in several threads, and this call belongs to none of them: "
+                "call session.generate(...) of the one that is meant"
+            )
+        return still
+
+    def before(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of the model: put this forward's Step among its arguments."""
+        sessions = self.applicable(model)
+        given = dict(zip(self.parameters, args)) | kwargs
+        step: Any = self.step(model, sessions, given) if sessions else PASSED
+        return args, {**kwargs, ARGUMENT: step}
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook of the model: was every layer edited? Bind what is known about the prompt to its cache."""
+        step = kwargs.get(ARGUMENT)
+        if not isinstance(step, Step):
+            return
+        missed = sorted(set(step.state.plan) - step.met)
+        if missed:
+            raise SeamError(
+                f"layers {missed} of {type(model).__name__} were to be edited, but their attention was not intercepted"
+            )
+        cache = _cache_of(output)
+        if cache is not None:
+            self.states[cache] = step.state
+
+    def step(self, model: Any, sessions: tuple[Session, ...], given: dict[str, Any]) -> Step:
+        call = _call.get()
+        call = call if call is not None and call.session.model is model else None
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        source = ids if ids is not None else embeds
+        check_tensor("input_ids (or inputs_embeds)", source)
+        assert source is not None
+        length = source.shape[1]
+        cache = given.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        keep = given.get("logits_to_keep")
+        keep = keep if isinstance(keep, int) and 0 < keep <= length else None
+        declared = call.prompt_length if call is not None else None
+        if past == 0:
+            state = CallState(_plan(sessions), sessions)
+            if cache is not None:
+                self.states[cache] = state
+            stop = declared if declared is not None else length - (keep or 1) + 1
+        else:
+            state = self._known(cache, sessions)
+            stop = declared if declared is not None else state.prompt
+            if declared is None and length > 1 and keep != length:
+                raise UnsupportedError(
+                    f"{length} new tokens behind {past} cached ones: part of the prompt (a further turn, prefill in chunks) "
+                    "or of the answer? Call session.generate(...) or session.forward(..., prompt_length=...), which know"
+                )
+        prompt_stop = min(past + length, stop)
+        if prompt_stop > past:
+            self._read_prompt(model, state, given, call, past, length, prompt_stop, last=prompt_stop == stop)
+        return Step(state, past, length, stop - 1, max(prompt_stop, past))
+
+    def _known(self, cache: Cache, sessions: tuple[Session, ...]) -> CallState:
+        state = self.states.get(cache)
+        if state is None or state.sessions != sessions:
+            raise UnsupportedError(
+                "past_key_values was filled outside of this session (before it opened, under other edits, or it is a copy), "
+                "so where its image tokens are is not known: run the prompt within the session"
+            )
+        return state
+
+    @staticmethod
+    def _read_prompt(
+        model: Any,
+        state: CallState,
+        given: dict[str, Any],
+        call: _Call | None,
+        past: int,
+        length: int,
+        stop: int,
+        last: bool,
+    ) -> None:
+        """Note image tokens and padding of prompt positions past .. stop - 1, the first columns of this forward."""
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        count = stop - past
+        if call is not None and call.image_mask is not None:
+            image = call.image_mask[:, past:stop].to((ids if ids is not None else embeds).device)
+            rows = (ids if ids is not None else embeds).shape[0]
+            image = image.repeat_interleave(max(1, rows // len(image)), 0)
+            if image.shape != (rows, count):
+                raise ValueError(f"image_mask must be [{rows}, prompt length] here, got {tuple(call.image_mask.shape)}")
+        else:
+            image = image_positions(model, ids, None if ids is not None else embeds)[:, :count]
+        if past and state.image is not None and len(state.image) != len(image):
+            raise UnsupportedError(f"the prompt began with {len(state.image)} sequences and goes on with {len(image)}")
+        real = real_tokens(given.get("attention_mask"), past, length, image.device)
+        real = torch.ones_like(image) if real is None else real[:, :count].expand(image.shape)
+        if last and not bool(real[:, -1].all()):
+            raise UnsupportedError(
+                "a sequence ends in padding: pad on the left (processor.tokenizer.padding_side = 'left')"
+            )
+        if not bool(image.any()) and any(given.get(name) is not None for name in _PIXELS):
+            raise SeamError(
+                f"pixel values were given, but no image token {image_token_ids(model.config)} stands in the prompt; with "
+                "inputs_embeds that hold image features already, pass image_mask to session.generate"
+            )
+        state.extend(past, image, real)
+
+
+def real_tokens(mask: Any, past: int, length: int, device: torch.device) -> Tensor | None:
+    """bool [B or 1, length]: which of the forward's tokens are no padding; None: all.
+
+    mask: what a model's forward gets: [B, past + length], or prepared masks [B, 1, length, K], one or a dict of them, in
+    which a padding token does not see itself.
+    """
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return None
+    check_tensor("attention_mask", mask)
+    mask = mask.to(device)
+    if mask.ndim == 2:
+        if mask.shape[1] < past + length:
+            raise ValueError(f"attention_mask must cover {past + length} tokens, got {tuple(mask.shape)}")
+        return mask[:, past : past + length].bool()
+    if mask.ndim != 4 or mask.shape[2] != length:
+        raise ValueError(f"attention_mask must be [B, tokens] or [B, 1, {length}, keys], got {tuple(mask.shape)}")
+    first = past - max(0, past + length - mask.shape[3])
+    own = mask[:, 0].diagonal(first, 1, 2)
+    return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+
+
+def _cache_of(output: Any) -> Cache | None:
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((part for part in output if isinstance(part, Cache)), None)
+    return cache if isinstance(cache, Cache) else None
+
+
+def _residual_hook(layer: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step = kwargs.get(ARGUMENT)
+        if isinstance(step, Step):
+            step.observe(layer, args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _plan(sessions: tuple[Session, ...]) -> Plan:
+    config = sessions[0].model.config.get_text_config()
+    edits = tuple(edit for session in sessions for edit in session.edits)
+    return make_plan(edits, config.num_hidden_layers, config.num_attention_heads)
+
+
+class Session:
+    """Edits on one model, from `with` to its end; made by `edit`, which checks everything.
+
+    Within the block every `model.generate(...)` and `model(...)` of the opening thread is edited, and so is one in a
+    thread that opened no session of its own (a streamer's, say) as long as only one thread has sessions on this model.
+    `session.generate(...)` means this session from any thread. Sessions nest, in any order of exit; the last one puts back
+    the text tower's attention implementation and takes all hooks away.
+    """
+
+    def __init__(self, model: PreTrainedModel, edits: tuple[Edit, ...]):
+        self.model = model
+        self.edits = edits
+        self.owner: int | None = None
+        self._below: tuple[Session, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        record = _records.get(self.model)
+        return record is not None and self in record.sessions
+
+    def stack(self) -> tuple[Session, ...]:
+        """This session and those that were open around it, as far as they still are."""
+        return tuple(s for s in (*self._below, self) if s.is_open)
+
+    def __enter__(self) -> Session:
+        with LOCK:
+            if self.is_open:
+                raise RuntimeError("this session is open already: make another with edit(...)")
+            below = tuple(s for s in _open_here.get() if s.model is self.model and s.is_open)
+            _plan((*below, self))
+            interception.acquire(self.model)
+            try:
+                record = _records.get(self.model)
+                if record is None:
+                    record = _records[self.model] = _Record(self.model)
+            except BaseException:
+                interception.release(self.model)
+                raise
+            record.sessions.append(self)
+            self.owner, self._below = threading.get_ident(), below
+        _open_here.set((*(s for s in _open_here.get() if s.is_open), self))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session; a second call does nothing."""
+        with LOCK:
+            record = _records.get(self.model)
+            if record is None or self not in record.sessions:
+                return
+            record.sessions.remove(self)
+            if not record.sessions:
+                record.close()
+                del _records[self.model]
+            interception.release(self.model)
+        _open_here.set(tuple(s for s in _open_here.get() if s is not self))
+
+    def generate(self, *args: Any, image_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """`model.generate` under this session, from any thread.
+
+        It knows where the prompt ends, so further turns on one cache, prefill in chunks and use_cache=False are edited as
+        the plain case is. image_mask: bool [B, prompt length], for `inputs_embeds` that hold image features already.
+        Raises RuntimeError where the session is not open.
+        """
+        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        known = mask if isinstance(mask, Tensor) and mask.ndim == 2 else inputs
+        kwargs.setdefault("disable_compile", True)
+        return self._run(self.model.generate, None if known is None else known.shape[1], image_mask, args, kwargs)
+
+    def forward(
+        self, *args: Any, prompt_length: int | None = None, image_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """`model(...)` under this session; positions from prompt_length on are an answer that is scored, not prompt."""
+        return self._run(self.model, prompt_length, image_mask, args, kwargs)
+
+    def _run(
+        self, function: Callable[..., Any], prompt_length: int | None, image_mask: Tensor | None, args: Any, kwargs: Any
+    ) -> Any:
+        if not self.is_open:
+            raise RuntimeError("the session is not open: use it within `with attnzoo.vlm.edit(...) as session:`")
+        if image_mask is not None:
+            check_tensor("image_mask", image_mask, 2, [torch.bool])
+        token = _call.set(_Call(self, prompt_length, image_mask))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _call.reset(token)
+
+
+Named = str | tuple[str, dict[str, Any]] | Edit
+
+
+def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any) -> Session:
+    """Edit the attention of a vision-language model's text tower within a `with` block.
+
+        with attnzoo.vlm.edit(model, "var", p=0.6):
+            model.generate(**inputs)
+        with attnzoo.vlm.edit(model, ["pai", ("var", {"rho": 0.2})]) as session:
+            session.generate(**inputs)
+
+    model: a transformers model whose text tower runs on "sdpa" or "eager".
+    methods: "var", "pai", (name, {its arguments}), an Edit of attnzoo.vlm.edits, or an iterable of these.
+    kwargs: arguments of the method, where there is one, by name (see attnzoo.vlm.var.var, attnzoo.vlm.pai.pai).
+
+    Raises TypeError or ValueError for a wrong model, method or argument and UnsupportedError for a model or an attention
+    implementation that can't be edited; nothing has been changed then.
+    """
+    if not isinstance(model, PreTrainedModel):
+        hint = ": pass its get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}")
+    refuse_unsupported(model)
+    image_token_ids(model.config)
+    interception.text_config_key(model.config)
+    interception.check_implementation(model.config)
+    depth = len(interception.decoder_layers(model))
+    text = model.config.get_text_config()
+    if depth != text.num_hidden_layers:
+        raise UnsupportedError(f"the text tower has {depth} layers, its config says {text.num_hidden_layers}")
+    edits = _edits(text, methods, kwargs)
+    make_plan(edits, depth, text.num_attention_heads)
+    return Session(model, edits)
+
+
+def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
+    kinds = (LogitMap, KeyBias, Regroup, HeadScale)
+    single = isinstance(methods, (str, *kinds)) or (
+        isinstance(methods, tuple) and len(methods) == 2 and isinstance(methods[1], dict)
+    )
+    named: list[Any] = [methods] if single else _listed(methods)
+    if kwargs and (not single or not isinstance(methods, str)):
+        raise TypeError(f"arguments ({', '.join(kwargs)}) need one method, given by name; got {methods!r}")
+    edits: list[Edit] = []
+    for entry in named:
+        if isinstance(entry, kinds):
+            edits.append(entry)
+            continue
+        name, own = (entry, kwargs) if isinstance(entry, str) else _pair(entry)
+        if name not in METHODS:
+            raise ValueError(f"methods must name some of {', '.join(map(repr, METHODS))}, got {name!r}")
+        accepted = [p for p in inspect.signature(METHODS[name]).parameters if p != "text_config"]
+        for argument in own:
+            if argument not in accepted:
+                raise TypeError(f"{name!r} has no argument {argument!r}; it has {', '.join(accepted)}")
+        edits.extend(METHODS[name](text_config, **own))
+    return tuple(edits)
+
+
+def _listed(methods: Any) -> list[Any]:
+    if not isinstance(methods, Iterable):
+        raise TypeError(f"methods must be a name, (name, arguments), an edit, or an iterable of these; got {methods!r}")
+    named = list(methods)
+    if not named:
+        raise ValueError("methods must name at least one method, got none")
+    return named
+
+
+def _pair(entry: Any) -> tuple[str, dict[str, Any]]:
+    if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)):
+        raise TypeError(f"methods must hold names, (name, arguments) pairs or edits, got {entry!r}")
+    return entry

@@ -1,13 +1,15 @@
-"""The miniature LLaVA: transformers' LlavaForConditionalGeneration with 1.1M parameters, trained on the synthetic world.
+"""The miniature LLaVA: transformers' LlavaForConditionalGeneration with 1.1M parameters, trained on the synthetic
+world.
 
-It is made as a big one is (Liu et al., "Visual Instruction Tuning", 2023, arXiv:2304.08485): a vision tower that has seen
-balanced scenes and expects nothing; a language model that has read captions of the prior world and expects a spoon beside
-a cup and a plate; then both aligned on pictures of the prior world with captions and yes/no questions. Tokenizer (one
-token per word) and processor are saved beside the weights, so that ``AutoProcessor.from_pretrained(folder)`` and
+It is made as a big one is (Liu et al., "Visual Instruction Tuning", 2023, arXiv:2304.08485): a vision tower that has
+seen balanced scenes and expects nothing; a language model that has read captions of the prior world and expects a spoon
+beside a cup and a plate; then both aligned on pictures of the prior world with captions and yes/no questions. Tokenizer
+(one token per word) and processor are saved beside the weights, so that ``AutoProcessor.from_pretrained(folder)`` and
 ``LlavaForConditionalGeneration.from_pretrained(folder)`` load the folder.
 
-Prompts: `CAPTION_PROMPT` is answered with "a photo of a cup, a plate and a bus."; ``question_prompt("cup")`` ("Is there a
-cup?") with "yes" or "no". Text is lower-cased and question marks are dropped, so that the noun is the last token of a question.
+Prompts: `CAPTION_PROMPT` is answered with "a photo of a cup, a plate and a bus."; ``question_prompt("cup")`` ("Is there
+a cup?") with "yes" or "no". Text is lower-cased and question marks are dropped, so that the noun is the last token of a
+question.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.miniatures import training, world
+from attnzoo.miniatures import scores, training, world
 
 CAPTION_PROMPT = "<image>Describe the image."
 WORDS = ("yes", "no", "describe", "the", "image", "is", "there", "a", "photo", "of", "and", ",", ".", *world.NOUNS)
@@ -40,11 +42,11 @@ def question_prompt(noun: str) -> str:
     return f"<image>Is there a {noun}?"
 
 
-# ------------------------------------------------------------------------------------------------------ model, processor
+# ----------------------------------------------------------------------------------------------- model and processor
 
 
 def build_processor(model: dict[str, Any]) -> Any:
-    """A LlavaProcessor for the recipe's [model]: word-level tokenizer (pads left, for generation) and CLIP image processor."""
+    """A LlavaProcessor for the recipe's [model]: a word-level tokenizer that pads left, and a CLIP image processor."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -240,7 +242,9 @@ def _train_language(model: Any, rows: Rows, recipe: dict[str, Any], seed: int, d
     language = model.model.language_model
 
     def loss(_: int) -> torch.Tensor:
-        captions = [world.write_caption(rng.permutation(world.sample_nouns(rng)).tolist()) for _ in range(stage["batch"])]
+        captions = [
+            world.write_caption(rng.permutation(world.sample_nouns(rng)).tolist()) for _ in range(stage["batch"])
+        ]
         tokens, targets = rows.batch([rows.caption(text) for text in captions], device)
         start = torch.full_like(tokens[:, :1], rows.bos)
         hidden = language(input_ids=torch.cat([start, tokens[:, :-1]], 1)).last_hidden_state
@@ -299,23 +303,34 @@ def _align(model: Any, rows: Rows, recipe: dict[str, Any], seed: int, device: An
     training.fit(parameters, loss, stage, recipe["optimizer"], "llava: align", progress, every)
 
 
+def _validate(model: Any, processor: Any, held: Sequence[world.Scene], seed: int) -> dict[str, float]:
+    """Caption figures and shares of right answers, on validation scenes."""
+    rng = training.generator("validation", seed, 1)
+    asked = [world.questions(scene, rng, 4) for scene in held]
+    figures = scores.summarise(scores.evaluate_captions(model, processor, held))
+    right = scores.question_figures(asked, scores.answer_questions(model, processor, held, asked))
+    return figures | {f"right on {kind}": value for kind, value in right.items()}
+
+
 def train(
     out: str | Path, seed: int = 0, device: str = "cpu", steps: int | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Train the miniature by configs/recipes/llava.toml and write it to the folder `out`; returns what training.json says.
+    """Train the miniature by configs/recipes/llava.toml and write it to the folder `out`; returns what training.json
+    says.
 
-    steps: cuts every stage to this many steps, and the data with it, for a trial. progress: bars on stderr, and validation
-    figures on the way.
+    steps: cuts every stage to this many steps, and the data with it, for a trial. progress: bars on stderr, and
+    validation figures on the way.
     """
-    from attnzoo.miniatures import evaluate
-
     recipe = training.capped(training.read_recipe("llava"), steps)
     folder, clock = Path(out), training.Clock()
     folder.mkdir(parents=True, exist_ok=True)
     processor = build_processor(recipe["model"])
     rows = Rows(processor)
     valid = training.generator("validation", seed)
-    held = [world.sample_scene(valid, "broken", recipe["model"]["image_size"]) for _ in range(recipe["validation"]["scenes"])]
+    held = [
+        world.sample_scene(valid, "broken", recipe["model"]["image_size"])
+        for _ in range(recipe["validation"]["scenes"])
+    ]
     validated: dict[int, dict[str, float]] = {}
 
     with torch.random.fork_rng(devices=[]):
@@ -331,11 +346,11 @@ def train(
             if step % recipe["validation"]["every"] and step != recipe["align"]["steps"]:
                 return
             model.eval()
-            validated[step] = evaluate.llava_figures(model, processor, held, seed=seed, brief=True)
+            validated[step] = _validate(model, processor, held, seed)
             model.train()
             if progress:
                 figures = " ".join(f"{k} {v:.3f}" for k, v in validated[step].items())
-                tqdm_write(f"validation after {step} alignment steps: {figures}")
+                training.say(f"validation after {step} alignment steps: {figures}")
 
         _align(model, rows, recipe, seed, device, progress, every)
         clock.stage("align")
@@ -347,12 +362,3 @@ def train(
     }
     training.write_json(folder / "training.json", report)
     return report
-
-
-def tqdm_write(text: str) -> None:
-    """A line above the progress bars, on stderr."""
-    import sys
-
-    from tqdm.auto import tqdm
-
-    tqdm.write(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the recipes share: reading them, streams of random numbers, the optimisation loop, what is written beside weights."""
+"""What the recipes share: reading them, streams of random numbers, the optimisation loop, what a run reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def generator(split: str, seed: int, purpose: int = 0) -> np.random.Generator:
-    """A random generator for a split ("train", "validation", "test"); streams of different arguments are independent."""
+    """A random generator for a split ("train", "validation", "test"); other arguments give an independent stream."""
     return np.random.default_rng([SPLITS[split], seed, purpose])
 
 
@@ -45,15 +46,12 @@ def capped(recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:
         if "steps" in part:
             part["steps"] = min(part["steps"], steps)
     batch = max(part.get("batch", 0) for part in cut.values())
-    cut["data"] = {
-        key: min(value, max(16, 4 * steps * batch)) if key in SCALED else value for key, value in cut["data"].items()
-    }
-    cut["validation"] = {key: min(value, 8 * steps) for key, value in cut["validation"].items()}
+    for key in ("balanced", "prior", "blank"):
+        if key in cut["data"]:
+            cut["data"][key] = min(cut["data"][key], max(16, 2 * steps * batch))
+    if "scenes" in cut["validation"]:
+        cut["validation"]["scenes"] = min(cut["validation"]["scenes"], 8)
     return cut
-
-
-#: The numbers of scenes in a recipe's [data], which a trial run cuts.
-SCALED = ("balanced", "prior", "blank", "scenes", "placed")
 
 
 @dataclass
@@ -135,6 +133,11 @@ def fit(
             if every is not None:
                 every(step + 1)
     return losses
+
+
+def say(text: str) -> None:
+    """One line on stderr, above the progress bars."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,7 +1,7 @@
 """How the miniatures are measured: captions against what is in the picture, yes/no questions, and honest intervals.
 
-CHAIR (Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv:1809.02156): CHAIR_s is the share of
-captions that name an absent object, CHAIR_i the share of named objects that are absent. Questions about random and
+CHAIR (Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv:1809.02156): CHAIR_s is the share
+of captions that name an absent object, CHAIR_i the share of named objects that are absent. Questions about random and
 co-occurring absent objects follow POPE (Li et al., EMNLP 2023, arXiv:2305.10355; "adversarial" there).
 
 All but `evaluate_captions` and `answer_questions` are pure functions of what those return.
@@ -10,7 +10,7 @@ All but `evaluate_captions` and `answer_questions` are pure functions of what th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attnzoo.miniatures import training, world
+from attnzoo.miniatures import world
 from attnzoo.miniatures.world import Question, Scene
 
 
@@ -54,7 +54,11 @@ def score_caption(caption: str, scene: Scene) -> CaptionRow:
 
 
 def summarise(rows: Sequence[CaptionRow]) -> dict[str, float]:
-    """chair_s, chair_i, recall (of all present objects), bait (share of scenes with bait where it is named), named (mean)."""
+    """The figures of several captions.
+
+    chair_s, chair_i (see above); recall, the share of present objects that are named; bait, the share of captions of
+    scenes with bait that name it; named, the mean number of objects named. Raises ValueError for no rows.
+    """
     if not rows:
         raise ValueError("rows must hold at least one scored caption, got none")
     named = sum(len(r.named) for r in rows)
@@ -83,7 +87,7 @@ def drop_last_control(rows: Sequence[CaptionRow], probability: float) -> dict[st
 
 
 def matched_control(rows: Sequence[CaptionRow], chair_s: float) -> tuple[float, dict[str, float]]:
-    """(probability, figures) of the `drop_last_control` that comes closest to `chair_s`: what an edit must beat in recall."""
+    """(probability, figures) of the `drop_last_control` closest to `chair_s`: an edit must beat its recall."""
     most, least = drop_last_control(rows, 0.0)["chair_s"], drop_last_control(rows, 1.0)["chair_s"]
     probability = 0.0 if most == least else min(1.0, max(0.0, (most - chair_s) / (most - least)))
     return probability, drop_last_control(rows, probability)
@@ -103,7 +107,7 @@ def _without_last(row: CaptionRow) -> CaptionRow:
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (JASA 22, 1927). Raises ValueError for n < 1 or successes outside 0..n."""
+    """Wilson's score interval of a proportion (JASA 22, 1927). Raises ValueError unless 0 <= successes <= n, n >= 1."""
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes must be from 0 to n with n at least 1, got successes={successes}, n={n}")
     z = -_normal_quantile((1 - confidence) / 2)
@@ -119,20 +123,33 @@ def _normal_quantile(p: float) -> float:
     return NormalDist().inv_cdf(p)
 
 
-def bootstrap_interval(
-    items: Sequence[Any],
-    figure: Callable[[Sequence[Any]], float],
-    resamples: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of `figure(items)`, resampling items. Items may be pairs, for a paired difference."""
-    if not items:
-        raise ValueError("items must hold at least one entry, got none")
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """(mean of first - second, low, high), percentile bootstrap over pairs.
+
+    Raises ValueError for unequal lengths or no entries.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"first and second must be of one length, at least 1, got {len(first)} and {len(second)}")
+    differences = np.asarray(first, float) - np.asarray(second, float)
     rng = np.random.default_rng(seed)
-    values = [figure([items[i] for i in rng.integers(0, len(items), len(items))]) for _ in range(resamples)]
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    means = [differences[rng.integers(0, len(differences), len(differences))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(differences.mean()), float(low), float(high)
+
+
+def bootstrap_summary(
+    rows: Sequence[CaptionRow], resamples: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """Figure of `summarise` -> (low, high), percentile bootstrap over scenes."""
+    summarise(rows)  # refuses an empty list
+    counts = np.array([_counts(r) for r in rows], float)
+    rng = np.random.default_rng(seed)
+    drawn = [_from_counts(counts[rng.integers(0, len(rows), len(rows))].sum(0)) for _ in range(resamples)]
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    edges = {key: np.quantile([d[key] for d in drawn], tails) for key in drawn[0]}
+    return {key: (float(low), float(high)) for key, (low, high) in edges.items()}
 
 
 def paired_bootstrap(
@@ -142,7 +159,8 @@ def paired_bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, tuple[float, float, float]]:
-    """Figure -> (difference edited - baseline, low, high), resampling scenes and keeping each one's two captions together.
+    """Figure -> (difference edited - baseline, low, high), resampling scenes and keeping each one's two captions
+    together.
 
     Raises ValueError unless both lists are about the same scenes in the same order.
     """
@@ -229,7 +247,7 @@ def answer_questions(
     edit: AbstractContextManager | None = None,
     batch_size: int = 250,
 ) -> list[list[bool]]:
-    """The model's answers to each scene's questions, each asked on its own: whether "yes" is likelier than "no" after it."""
+    """The model's answers to each scene's questions, each asked on its own: is "yes" likelier than "no" after it?"""
     from attnzoo.miniatures.llava import question_prompt
 
     asked = [(s, q.noun) for s, several in zip(scenes, questions, strict=True) for q in several]
@@ -262,12 +280,3 @@ def question_figures(questions: Sequence[Sequence[Question]], answers: Sequence[
     share = {kind: sum(r) / len(r) if r else float("nan") for kind, r in right.items()}
     everything = [x for r in right.values() for x in r]
     return share | {"all": sum(everything) / len(everything)}
-
-
-def llava_figures(model: Any, processor: Any, scenes: Sequence[Scene], seed: int, brief: bool = False) -> dict[str, float]:
-    """Caption and question figures on `scenes` in one flat table; what training prints of its validation scenes."""
-    rng = training.generator("validation", seed, 1)
-    asked = [world.questions(scene, rng, 4) for scene in scenes]
-    figures = summarise(evaluate_captions(model, processor, scenes))
-    answers = question_figures(asked, answer_questions(model, processor, scenes, asked))
-    return figures | {f"said_{kind}": value for kind, value in answers.items()}

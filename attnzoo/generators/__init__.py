@@ -4,8 +4,22 @@ The only room that imports diffusers. See docs/generators.md.
 """
 
 from attnzoo.generators.adapters import FAMILIES
+from attnzoo.generators.generation import generate, load_pipeline
 from attnzoo.generators.handles import METHODS, Handle, enable
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.planning import plan
 from attnzoo.generators.window import density, window_mask
 
-__all__ = ["FAMILIES", "METHODS", "Handle", "StepContext", "TokenLayout", "density", "enable", "window_mask"]
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "Handle",
+    "StepContext",
+    "TokenLayout",
+    "density",
+    "enable",
+    "generate",
+    "load_pipeline",
+    "plan",
+    "window_mask",
+]

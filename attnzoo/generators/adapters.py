@@ -52,6 +52,10 @@ class Family:
         """The grid of latents of `frames` x `height` x `width` latent pixels (before any packing)."""
         raise NotImplementedError
 
+    def grid_at(self, name: str, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The grid that the layer `name` sees, where the model's is `grid`."""
+        return grid
+
     def references(self, given: Arguments, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Token counts of the reference images that follow the grid."""
         return ()
@@ -110,6 +114,14 @@ class UNet(Family):
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         return height, width
 
+    def grid_at(self, name: str, grid: tuple[int, ...]) -> tuple[int, ...]:
+        deepest = len(self.config.block_out_channels) - 1
+        part, index = name.split(".")[:2]
+        levels = {"down_blocks": range(deepest + 1), "up_blocks": range(deepest, -1, -1)}
+        for _ in range(levels[part][int(index)] if part in levels else deepest):
+            grid = tuple((n + 1) // 2 for n in grid)
+        return grid
+
 
 class Flux(Family):
     """Flux: [text, image, references]; positions in img_ids [N, 3], whose first column is 0 on the image itself."""
@@ -122,7 +134,7 @@ class Flux(Family):
         self._seen: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
 
     def grid(self, given: Arguments) -> tuple[int, ...]:
-        ids = given["img_ids"]
+        ids: Tensor = given["img_ids"]
         if torch.compiler.is_compiling():
             raise UnsupportedError(
                 f"Flux's grid stands in the values of img_ids, which a compiled whole model can't read: pass "
@@ -131,7 +143,7 @@ class Flux(Family):
         # The pipeline passes one img_ids to all steps: read the device once per run, not once per step.
         if self._seen is not None and self._seen[0]() is ids and self._seen[1] == ids._version:
             return self._seen[2]
-        rows = (ids[0] if ids.ndim == 3 else ids).detach().cpu().long()
+        rows = (ids[0] if ids.ndim == 3 else ids).cpu().long()
         own = rows[rows[:, 0] == 0, 1:]
         height, width = (own.amax(0) + 1).tolist() if len(own) else (0, 0)
         expected = torch.cartesian_prod(torch.arange(height), torch.arange(width))

@@ -17,7 +17,7 @@ from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.chain import Layer, Method, Next, Stage
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.window import axis_table, density
-from attnzoo.kernels.dispatch import BACKENDS
+from attnzoo.kernels import BACKENDS, neighborhood_attention
 
 _CHUNK = 1 << 26  # entries of a window mask that the general-mask path holds at once
 _MOST_MASKED = 1 << 14  # tokens beyond which a general mask is refused: it costs all pairs, and hides it
@@ -136,8 +136,8 @@ class GNA(Method):
             return self._kernel(query, key, value, layout, window, layer, None)
         parts = []
         for samples, tokens in layout.text_groups:
-            own = (t if samples is None else t[samples] for t in (query, key, value))
-            parts.append(self._kernel(*own, layout, window, layer, tokens))
+            q, k, v = (t if samples is None else t[samples] for t in (query, key, value))
+            parts.append(self._kernel(q, k, v, layout, window, layer, tokens))
         if len(parts) == 1:
             return parts[0]
         order = torch.cat([samples for samples, _ in layout.text_groups if samples is not None])
@@ -153,14 +153,12 @@ class GNA(Method):
         layer: Layer,
         tokens: Tensor | None,
     ) -> Tensor:
-        from attnzoo.kernels import neighborhood_attention
-
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [B, N, heads, head_dim]
         start, stop = layout.grid_start, layout.grid_start + layout.num_grid
 
         def extra(tensor: Tensor) -> Tensor | None:
             rest = [tensor[:, :start], tensor[:, stop:]]
-            if tokens is not None:  # layout.text says which of the two is (or begins after the references with) text
+            if tokens is not None:  # keep the real text tokens; in the second part text follows the references
                 side = 0 if layout.text == "first" else 1
                 text = rest[side]
                 offset = 0 if side == 0 else text.shape[1] - layout.num_text
@@ -169,9 +167,11 @@ class GNA(Method):
             rest = [part for part in rest if part.shape[1]]
             return torch.cat(rest, dim=1) if rest else None
 
-        grids = (t[:, start:stop].unflatten(1, layout.grid) for t in (query, key, value))
+        q, k, v = (t[:, start:stop].unflatten(1, layout.grid) for t in (query, key, value))
         out = neighborhood_attention(
-            *grids,
+            q,
+            k,
+            v,
             window.kernel_size,
             window.stride,
             window.dilation,

@@ -167,7 +167,9 @@ def enable(
             denoiser.tracker = tracker
             denoiser.grid = size or denoiser.grid
             if not denoiser.methods:
-                denoiser.attach(target.wrapper)
+                denoiser.attach()
+            if target.wrapper is not None:
+                denoiser.wrap(target.wrapper)
             for made, schedule in built:
                 denoiser.add(made, schedule)
                 denoiser.owners[made.name] = handle

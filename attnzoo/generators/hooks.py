@@ -8,9 +8,10 @@ takes away all that `attach` added.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
@@ -55,7 +56,7 @@ class Denoiser:
         self.family = family
         self.grid: tuple[int, ...] | None = None
         self.tracker = tracker
-        self.branches = StateManager(_NoState)
+        self.branches: Any = StateManager(cast(Any, _NoState))
         self.methods: list[tuple[Method, Schedule]] = []
         self.owners: dict[str, Any] = {}
         self.frame: Frame | None = None
@@ -68,41 +69,49 @@ class Denoiser:
         }
         self._modules = {name: module for name, (module, _) in layers.items()}
         self._created: list[nn.Module] = []
-        self._outer: list[Any] = []
+        self._outer: dict[nn.Module, tuple[Any, ...]] = {}
 
     # ---------------------------------------------------------------- attaching
 
-    def attach(self, wrapper: nn.Module | None) -> None:
-        """Register the hooks. wrapper: torch.compile's module around the model, which then steps outside of it."""
+    def attach(self) -> None:
+        """Register the hooks on the model."""
         for name, hook in self.hooks.items():
             self._register(self._modules[name], hook, ATTENTION_HOOK)
         self._register(self.model, RootHook(self), ROOT_HOOK)
         HookRegistry.check_if_exists_or_initialize(self.model).invalidate_child_registries_cache()
-        if wrapper is not None:
-            self._outer = [
+
+    def wrap(self, wrapper: nn.Module) -> None:
+        """Build the frames outside of `wrapper`, torch.compile's module around the model; once is enough."""
+        if wrapper not in self._outer:
+            self._outer[wrapper] = (
                 wrapper.register_forward_pre_hook(self._enter_wrapper, with_kwargs=True),
                 wrapper.register_forward_hook(self._leave_wrapper, always_call=True),
-            ]
+            )
 
     def detach(self) -> None:
         """Take all hooks away, and the registries that were made for them."""
-        for handle in self._outer:
-            handle.remove()
+        for handles in self._outer.values():
+            for handle in handles:
+                handle.remove()
+        self._outer.clear()
         self._unregister(self.model, ROOT_HOOK)
         for module in self._modules.values():
             self._unregister(module, ATTENTION_HOOK)
-        if hasattr(self.model, "_diffusers_hook"):
-            self.model._diffusers_hook.invalidate_child_registries_cache()
+        registry = _registry(self.model)
+        if registry is not None:
+            registry.invalidate_child_registries_cache()
         self.frame = self.last = None
 
     def _register(self, module: nn.Module, hook: ModelHook, name: str) -> None:
-        if not hasattr(module, "_diffusers_hook"):
+        if _registry(module) is None:
             self._created.append(module)
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+        with _beneath_accelerate(module):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
 
     def _unregister(self, module: nn.Module, name: str) -> None:
-        registry = module._diffusers_hook
-        registry.remove_hook(name, recurse=False)
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        with _beneath_accelerate(module):
+            registry.remove_hook(name, recurse=False)
         if registry.hooks:
             return
         # remove_hook leaves the class's own forward behind as an attribute of the instance.
@@ -157,7 +166,7 @@ class Denoiser:
         if getattr(self.model, "_parallel_config", None) is not None:
             raise UnsupportedError("context parallelism shards text and image apart: not supported, disable it first")
         for name, module in self._modules.items():
-            for hook in module._diffusers_hook.hooks.values():
+            for hook in HookRegistry.check_if_exists_or_initialize(module).hooks.values():
                 if isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores:
                     raise UnsupportedError(
                         f"{name}: a diffusers guider skips attention scores (PAG) on a layer that attnzoo also "
@@ -165,18 +174,21 @@ class Denoiser:
                     )
 
     def _enter_wrapper(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.lock.acquire()  # _leave_wrapper is called whatever happens from here on
         self.enter(args, kwargs)
         self.entered_outside = True
 
     def _leave_wrapper(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.entered_outside = False
         self.leave()
+        self.lock.release()
 
 
 class RootHook(ModelHook):
     """Around the denoiser's forward: builds its frame, and clears it also when an exception passes through."""
 
     _is_stateful = True
+    fn_ref: Any
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -207,6 +219,8 @@ class RootHook(ModelHook):
 
 class AttentionHook(ModelHook):
     """Around one self-attention module: its chain answers the module's scaled_dot_product_attention."""
+
+    fn_ref: Any
 
     def __init__(self, denoiser: Denoiser, name: str, index: int, role: str) -> None:
         super().__init__()
@@ -304,17 +318,39 @@ class _Intercept(TorchFunctionMode):
 
 def self_attentions(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:
     """The self-attention modules of `model` by name, each with its role."""
-    found = {}
+    found: dict[str, tuple[nn.Module, str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (Attention, AttentionModuleMixin)) and not getattr(module, "is_cross_attention", False):
-            role = family.role(name)
+        if issubclass(type(module), (Attention, AttentionModuleMixin)):
+            role = None if getattr(module, "is_cross_attention", False) else family.role(name)
             if role is not None:
                 found[name] = (module, role)
     return found
 
 
+@contextmanager
+def _beneath_accelerate(module: Any) -> Iterator[None]:
+    """Within the block `module.forward` is what accelerate's offload hook wraps, if it has one.
+
+    accelerate keeps the wrapped forward in `_old_forward` and puts it back at the end of each offloaded run: a hook on
+    top of its wrapper would be lost after the first one.
+    """
+    if "_hf_hook" not in vars(module) or "_old_forward" not in vars(module):
+        yield
+        return
+    outer, module.forward = module.forward, module._old_forward
+    try:
+        yield
+    finally:
+        module._old_forward, module.forward = module.forward, outer
+
+
+def _registry(module: nn.Module) -> Any:
+    """The module's HookRegistry, None where it has none yet."""
+    return getattr(module, "_diffusers_hook", None)
+
+
 def denoiser_of(model: nn.Module) -> Denoiser | None:
     """The room's hold on `model`, None where no handle acts on it."""
-    registry = getattr(model, "_diffusers_hook", None)
+    registry = _registry(model)
     hook = None if registry is None else registry.get_hook(ROOT_HOOK)
     return None if hook is None else hook.denoiser

@@ -5,30 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from attnzoo.errors import check_range, per_axis
+from attnzoo.kernels.neighborhood_attention.problem import axis_windows
 
 
 def axis_table(size: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> Tensor:
     """bool [size, size], True where query (row) sees key (column) along one axis.
 
-    Source: Generalized Neighborhood Attention (arXiv:2504.16922); NATTEN 8c8729f, backends/flex.py, border "shift".
+    The rule and its source: attnzoo/kernels/neighborhood_attention/problem.py, border "shift".
     """
-    position = torch.arange(size)
-    group, place = position % dilation, position // dilation
-    length = (size - group + dilation - 1) // dilation
-    leader = place // stride * stride + (stride - 1 if is_causal else stride // 2)
-    leader = torch.minimum(leader, length - 1)
-    before, after = kernel_size // 2, (kernel_size - 1) // 2
-    centre = torch.maximum(torch.minimum(leader, length - 1 - after), torch.full_like(leader, before))
-    key = place[None, :]
-    if is_causal:
-        seen = (key <= place[:, None]) & (leader[:, None] - key < kernel_size)
-    else:
-        seen = (key >= (centre - before)[:, None]) & (key <= (centre + after)[:, None])
-    return seen & (group[:, None] == group[None, :])
+    own = axis_windows(size, kernel_size, stride, dilation, is_causal, "shift")
+    place = own.position[None, :]
+    seen = (place >= own.low[:, None]) & (place <= own.high[:, None])
+    return seen & (own.group[:, None] == own.group[None, :])
 
 
 def _axes(
@@ -93,6 +84,6 @@ def density(
     Raises ValueError where a window does not fit the grid (kernel_size * dilation > size, stride > kernel_size).
     """
     share = 1.0
-    for size, *axis in _axes(grid, kernel_size, stride, dilation, is_causal):
-        share *= axis_table(size, *axis).sum().item() / size**2
+    for axis in _axes(grid, kernel_size, stride, dilation, is_causal):
+        share *= axis_table(*axis).sum().item() / axis[0] ** 2
     return share

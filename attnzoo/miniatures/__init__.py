@@ -14,20 +14,20 @@ from typing import Any
 NAMES = ("llava", "dinat_world", "dinat_digits", "generator")
 
 _LAZY = {
-    "CaptionRow": "scores",
-    "bootstrap_summary": "scores",
+    "CaptionRow": "evaluate",
+    "bootstrap_summary": "evaluate",
     "check": "figures",
     "classify": "classifiers",
-    "drop_last_control": "scores",
-    "evaluate": "figures",
-    "evaluate_captions": "scores",
-    "answer_questions": "scores",
-    "matched_control": "scores",
-    "paired_bootstrap": "scores",
+    "drop_last_control": "evaluate",
+    "measure": "figures",
+    "evaluate_captions": "evaluate",
+    "answer_questions": "evaluate",
+    "matched_control": "evaluate",
+    "paired_bootstrap": "evaluate",
     "sample_scene": "world",
     "placed_scene": "world",
-    "score_caption": "scores",
-    "summarise": "scores",
+    "score_caption": "evaluate",
+    "summarise": "evaluate",
     "write_card": "cards",
 }
 

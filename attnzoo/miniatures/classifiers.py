@@ -29,15 +29,30 @@ def class_names(name: str) -> tuple[str, ...]:
     return world.CLASSES if name == "dinat_world" else tuple("0123456789")
 
 
-def build(recipe: dict[str, Any]) -> Any:
+def build(name: str, recipe: dict[str, Any]) -> Any:
     """The untrained model of a recipe; draws from torch's global generator."""
     import timm
 
     import attnzoo.backbones  # noqa: F401  registers the names
 
-    model = recipe["model"]
+    wanted = recipe["model"]
+    size, channels = wanted["image_size"], wanted["in_chans"]
+    config = {
+        "tag": name,
+        "input_size": (channels, size, size),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "mean": (wanted["mean"],) * channels,
+        "std": (wanted["std"],) * channels,
+        "label_names": list(class_names(name)),
+        "license": "apache-2.0",
+    }
     return timm.create_model(
-        model["name"], num_classes=model["num_classes"], in_chans=model["in_chans"], **model["arguments"]
+        wanted["name"],
+        num_classes=wanted["num_classes"],
+        in_chans=channels,
+        pretrained_cfg_overlay=config,
+        **wanted["arguments"],
     )
 
 
@@ -56,77 +71,66 @@ def load(name: str, folder: Path | None = None) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def save(model: Any, name: str, recipe: dict[str, Any], folder: Path) -> None:
+def save(model: Any, recipe: dict[str, Any], folder: Path) -> None:
     """Write the model in half precision as timm's local-dir: config.json and model.safetensors."""
     import copy
 
     from timm.models import save_for_hf
 
-    size, channels = recipe["model"]["image_size"], recipe["model"]["in_chans"]
+    kept = ("tag", "input_size", "interpolation", "crop_pct", "mean", "std", "label_names", "license")
     config = {
         "architecture": recipe["model"]["name"],
         "num_classes": recipe["model"]["num_classes"],
         "num_features": model.num_features,
-        "pretrained_cfg": {
-            "tag": name,
-            "input_size": [channels, size, size],
-            "fixed_input_size": False,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "mean": [recipe["model"]["mean"]] * channels,
-            "std": [recipe["model"]["std"]] * channels,
-            "num_classes": recipe["model"]["num_classes"],
-            "label_names": list(class_names(name)),
-            "pool_size": None,
-            "license": "apache-2.0",
-        },
+        "pretrained_cfg": {key: model.pretrained_cfg[key] for key in kept},
     }
-    arguments = {**recipe["model"]["arguments"], "in_chans": channels}
-    save_for_hf(copy.deepcopy(model).half(), folder, model_config=config, model_args=arguments, safe_serialization=True)
+    arguments = {**recipe["model"]["arguments"], "in_chans": recipe["model"]["in_chans"]}
+    save_for_hf(
+        copy.deepcopy(model).half(), str(folder), model_config=config, model_args=arguments, safe_serialization=True
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
-def prepare(pictures: np.ndarray | Tensor | Sequence[Any], name: str) -> Tensor:
-    """Pictures as a classifier takes them: float32 [N, channels, 48, 48], resized bilinearly and normalised.
+def to_tensor(model: Any, pictures: np.ndarray | Tensor, size: int | None = None) -> Tensor:
+    """Pictures of one size as a classifier takes them: float32 [N, channels, H, W], normalised.
 
-    pictures: uint8 [N, H, W, 3] or [N, H, W] (array or tensor), or a list of PIL images or arrays of any sizes.
-    dinat_digits reads light strokes on dark ground; colours are averaged for it, grey is repeated for dinat_world.
+    pictures: uint8, [N, H, W, 3], one colour picture [H, W, 3], or grey ones [N, H, W]. Colours are averaged for a
+    model of one channel, grey is repeated for one of three. size: resizes to size x size, bilinearly; None leaves them.
     Raises TypeError for pictures of another dtype and ValueError for another shape.
     """
-    check_choice("name", name, NAMES)
-    if not isinstance(pictures, (np.ndarray, Tensor)):
-        if not len(pictures):
-            raise ValueError("pictures must hold at least one picture, got none")
-        arrays = [np.asarray(p.convert("RGB") if isinstance(p, Image.Image) else p) for p in pictures]
-        return torch.cat([prepare(a[None], name) for a in arrays])
-    recipe = training.read_recipe(name)["model"]
     batch = torch.from_numpy(np.ascontiguousarray(pictures)) if isinstance(pictures, np.ndarray) else pictures
     if batch.dtype != torch.uint8:
         raise TypeError(f"pictures must be uint8, got {str(batch.dtype).removeprefix('torch.')}")
     if batch.ndim == 3:
-        batch = batch[..., None]
+        batch = batch[None] if batch.shape[-1] == 3 else batch[..., None]
     if batch.ndim != 4 or batch.shape[-1] not in (1, 3):
-        raise ValueError(f"pictures must be [N, H, W, 3] or [N, H, W], got {tuple(pictures.shape)}")
+        raise ValueError(f"pictures must be [N, H, W, 3], [H, W, 3] or [N, H, W], got {tuple(pictures.shape)}")
+    config = model.pretrained_cfg
     scaled = batch.permute(0, 3, 1, 2).float() / 255
-    if recipe["in_chans"] == 1:
-        scaled = scaled.mean(1, keepdim=True)
-    elif scaled.shape[1] == 1:
-        scaled = scaled.expand(-1, 3, -1, -1)
-    return (_resize(scaled, recipe["image_size"]) - recipe["mean"]) / recipe["std"]
-
-
-def _resize(x: Tensor, size: int) -> Tensor:
-    if x.shape[-2:] == (size, size):
-        return x
-    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    scaled = scaled.mean(1, keepdim=True) if config["input_size"][0] == 1 else scaled.expand(-1, 3, -1, -1)
+    if size is not None and scaled.shape[-2:] != (size, size):
+        scaled = F.interpolate(scaled, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return (scaled - mean) / std
 
 
 @torch.inference_mode()
-def probabilities(model: Any, inputs: Tensor, batch_size: int = 250) -> Tensor:
-    """float32 [N, classes] of prepared inputs."""
-    device = next(model.parameters()).device
+def predict(model: Any, pictures: np.ndarray | Tensor | Sequence[Any], batch_size: int = 250) -> Tensor:
+    """Probabilities, float32 [N, classes], of pictures resized to the model's input size.
+
+    pictures: as `to_tensor` takes them, or a list of PIL images or uint8 arrays [H, W, 3] or [H, W] of any sizes.
+    dinat_digits reads light strokes on dark ground. Raises ValueError for an empty list; see `to_tensor` for the rest.
+    """
+    size, device = model.pretrained_cfg["input_size"][-1], next(model.parameters()).device
+    if isinstance(pictures, (np.ndarray, Tensor)):
+        inputs = to_tensor(model, pictures, size)
+    elif len(pictures):
+        arrays = [np.asarray(p.convert("RGB") if isinstance(p, Image.Image) else p) for p in pictures]
+        inputs = torch.cat([to_tensor(model, a if a.ndim == 3 else a[None], size) for a in arrays])
+    else:
+        raise ValueError("pictures must hold at least one picture, got none")
     parts = [model(part.to(device)).float().softmax(-1).cpu() for part in inputs.split(batch_size)]
     return torch.cat(parts)
 
@@ -142,7 +146,7 @@ def classify(
     opened = [_open(image) if isinstance(image, (str, Path)) else image for image in images]
     model = load(name) if model is None else model
     names = class_names(name)
-    values, indices = probabilities(model, prepare(opened, name)).topk(min(topk, len(names)))
+    values, indices = predict(model, opened).topk(min(topk, len(names)))
     return [[(names[i], p) for i, p in zip(row_i, row_p)] for row_i, row_p in zip(indices.tolist(), values.tolist())]
 
 
@@ -178,13 +182,13 @@ def held_out_world(split: str, n: int, seed: int, kind: str = "single") -> tuple
     check_choice("kind", kind, kinds)
     sizes = training.read_recipe("dinat_world")["data"]["sizes"]
     rng = training.generator(split, seed, 10 + kinds.index(kind))
-    labels = np.arange(n) % len(world.CLASSES)
+    labels = [i % len(world.CLASSES) for i in range(n)]
     if kind == "placed":
         scenes = [world.placed_scene(rng, 32, prompt=world.write_prompt([label]))[0] for label in labels]
     else:
         difficulty = "hard" if kind == "hard" else "mixed"
         scenes = [world.sample_scene(rng, "single", sizes[i % len(sizes)], difficulty, k) for i, k in enumerate(labels)]
-    return [s.image for s in scenes], labels
+    return [s.image for s in scenes], np.array(labels)
 
 
 def digits_split(data: dict[str, Any] | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -209,6 +213,11 @@ def digits_split(data: dict[str, Any] | None = None) -> dict[str, tuple[np.ndarr
         )
     parts = {"train": kept, "validation": valid, "test": test}
     return {part: (pixels[chosen], digits.target[chosen].astype(np.int64)) for part, chosen in parts.items()}
+
+
+def held_out_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [n, 8, 8], labels [n]) of the third of scikit-learn's digits that the shipped classifier never saw."""
+    return digits_split()["test"]
 
 
 def _jitter(x: Tensor, stage: dict[str, Any]) -> Tensor:
@@ -246,8 +255,9 @@ def train(
     recipe = training.capped(training.read_recipe(name) if recipe is None else recipe, steps)
     folder, clock = Path(out), training.Clock()
     folder.mkdir(parents=True, exist_ok=True)
-    stage, rng = recipe["train"], training.generator("train", seed)
+    stage, size, rng = recipe["train"], recipe["model"]["image_size"], training.generator("train", seed)
     if name == "dinat_world":
+        held: Any
         held, truth = held_out_world("validation", recipe["validation"]["scenes"], seed)
     else:
         parts = digits_split(recipe["data"])
@@ -260,13 +270,13 @@ def train(
             drawn, target = world_batch(rng, stage["batch"], recipe["data"])
             if rng.random() < 0.5:
                 drawn = drawn[:, :, ::-1]
-            return prepare(drawn, name), torch.from_numpy(target)
+            return to_tensor(model, drawn, size), torch.from_numpy(target)
         chosen = torch.from_numpy(rng.integers(0, len(pixels), stage["batch"]))
-        return _jitter(prepare(pixels[chosen], name), stage), labels[chosen]
+        return _jitter(to_tensor(model, pixels[chosen], size), stage), labels[chosen]
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(recipe).to(device).train()
+        model = build(name, recipe).to(device).train()
 
         def loss(_: int) -> Tensor:
             inputs, target = batch()
@@ -278,14 +288,14 @@ def train(
             if not len(held) or (step % recipe["validation"]["every"] and step != stage["steps"]):
                 return
             model.eval()
-            validated[step] = float(correct(model, held, truth, name).mean())
+            validated[step] = float(correct(model, held, truth).mean())
             model.train()
             if progress:
                 training.say(f"validation after {step} steps: top-1 {validated[step]:.4f} of {len(truth)}")
 
         training.fit(model.parameters(), loss, stage, recipe["optimizer"], name, progress, every)
     model.eval()
-    save(model.cpu(), name, recipe, folder)
+    save(model.cpu(), recipe, folder)
     report = clock.report(seed, steps, device) | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "validation": {str(step): value for step, value in validated.items()},
@@ -294,6 +304,6 @@ def train(
     return report
 
 
-def correct(model: Any, pictures: Any, labels: np.ndarray, name: str) -> np.ndarray:
+def correct(model: Any, pictures: Any, labels: np.ndarray) -> np.ndarray:
     """bool [N]: where the likeliest class is the right one."""
-    return probabilities(model, prepare(pictures, name)).argmax(-1).numpy() == labels
+    return predict(model, pictures).argmax(-1).numpy() == labels

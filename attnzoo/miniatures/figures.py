@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.errors import check_choice
-from attnzoo.miniatures import NAMES, classifiers, scores, training, world
+from attnzoo.miniatures import NAMES, classifiers, evaluate, training, world
 
 #: Test scenes of each kind, and resamples of the bootstrap.
 SCENES = {"broken": 2000, "intact": 500, "captioned": 1000, "world": 4800}
@@ -50,10 +50,10 @@ def row(
 
 def share(name: str, figure: str, right: int, n: int, **bars: float | None) -> dict[str, Any]:
     """A row for a proportion, with Wilson's interval."""
-    return row(name, figure, right / n, n, scores.wilson_interval(right, n), **bars)
+    return row(name, figure, right / n, n, evaluate.wilson_interval(right, n), **bars)
 
 
-def evaluate(name: str, folder: str | Path | None = None, seed: int = 0, scale: float = 1.0) -> list[dict[str, Any]]:
+def measure(name: str, folder: str | Path | None = None, seed: int = 0, scale: float = 1.0) -> list[dict[str, Any]]:
     """The rows of one miniature, measured on test data.
 
     folder: the trained model's; the shipped one if None. seed: of the test scenes; the model card's figures are those
@@ -67,7 +67,7 @@ def evaluate(name: str, folder: str | Path | None = None, seed: int = 0, scale: 
     if name == "generator":
         from attnzoo.miniatures import generator
 
-        return generator.evaluate(place, seed=seed, scale=scale)
+        return generator.measure(place, seed=seed, scale=scale)
     if name == "llava":
         return _llava(place, seed, scale)
     return _classifier(name, place, seed, scale)
@@ -78,29 +78,29 @@ def check(names: Sequence[str] | None = None, seed: int = 0, scale: float = 1.0)
     chosen = NAMES if names is None else tuple(names)
     for name in chosen:
         check_choice("names", name, NAMES)
-    return [r for name in chosen for r in evaluate(name, seed=seed, scale=scale)]
+    return [r for name in chosen for r in measure(name, seed=seed, scale=scale)]
 
 
 def _classifier(name: str, folder: Path | None, seed: int, scale: float) -> list[dict[str, Any]]:
     model, bar = classifiers.load(name, folder), training.read_recipe(name)["bars"]["top1"]
     if name == "dinat_digits":
-        pixels, labels = classifiers.digits_split()["test"]
+        pixels, labels = classifiers.held_out_digits()
         kept = max(1, round(scale * len(labels)))
-        right = classifiers.correct(model, pixels[:kept], labels[:kept], name)
+        right = classifiers.correct(model, pixels[:kept], labels[:kept])
         return [share(name, "top-1, held-out third", int(right.sum()), kept, low=bar)]
     n = max(24, round(scale * SCENES["world"]))
     sizes = training.read_recipe(name)["data"]["sizes"]
     pictures, labels = classifiers.held_out_world("test", n, seed)
-    right = classifiers.correct(model, pictures, labels, name)
+    right = classifiers.correct(model, pictures, labels)
     rows = [share(name, f"top-1, held-out scenes of {sizes[0]} to {sizes[-1]} pixels", int(right.sum()), n, low=bar)]
     for size in (sizes[0], sizes[-1]):
         of_size = right[[p.shape[0] == size for p in pictures]]
         rows.append(share(name, f"top-1, those of {size} pixels", int(of_size.sum()), len(of_size)))
     pictures, labels = classifiers.held_out_world("test", n // 2, seed, "placed")
-    right = classifiers.correct(model, pictures, labels, name)
+    right = classifiers.correct(model, pictures, labels)
     rows.append(share(name, "top-1, the generator's plain one-object scenes, 32 pixels", int(right.sum()), len(right)))
     pictures, labels = classifiers.held_out_world("test", n // 2, seed, "hard")
-    right = classifiers.correct(model, pictures, labels, name)
+    right = classifiers.correct(model, pictures, labels)
     rows.append(share(name, "top-1, hard scenes only", int(right.sum()), len(right)))
     return rows
 
@@ -116,14 +116,14 @@ def _llava(folder: Path | None, seed: int, scale: float) -> list[dict[str, Any]]
     rng = training.generator("test", seed, 0)
     broken = [world.sample_scene(rng, "broken", size) for _ in range(counts["broken"])]
     intact = [world.sample_scene(rng, "intact", size) for _ in range(counts["intact"])]
-    told = scores.evaluate_captions(model, processor, broken[: counts["captioned"]])
+    told = evaluate.evaluate_captions(model, processor, broken[: counts["captioned"]])
     rows = _caption_rows(name, "scenes that break the prior", told, seed, bars)
     rows += _caption_rows(
-        name, "scenes that keep the prior", scores.evaluate_captions(model, processor, intact), seed, {}
+        name, "scenes that keep the prior", evaluate.evaluate_captions(model, processor, intact), seed, {}
     )
 
     asked = [world.questions(scene, rng, 4) for scene in broken]
-    answers = scores.answer_questions(model, processor, broken, asked)
+    answers = evaluate.answer_questions(model, processor, broken, asked)
     right: dict[str, list[bool]] = {"present": [], "random": [], "co-occurring": []}
     for several, said in zip(asked, answers):
         for question, answer in zip(several, said):
@@ -136,16 +136,16 @@ def _llava(folder: Path | None, seed: int, scale: float) -> list[dict[str, Any]]
             name, "questions about co-occurring absent objects", sum(right["co-occurring"]), len(right["co-occurring"])
         )
     )
-    gap, low, high = scores.paired_difference(right["random"], right["co-occurring"], RESAMPLES, seed)
+    gap, low, high = evaluate.paired_difference(right["random"], right["co-occurring"], RESAMPLES, seed)
     drop = row(name, "drop from random to co-occurring absent objects", gap, len(broken), (low, high))
     rows.append(drop | {"bar": "interval above 0", "ok": low > 0})
     return rows
 
 
 def _caption_rows(
-    name: str, where: str, told: Sequence[scores.CaptionRow], seed: int, bars: dict[str, Any]
+    name: str, where: str, told: Sequence[evaluate.CaptionRow], seed: int, bars: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    figures, intervals = scores.summarise(told), scores.bootstrap_summary(told, RESAMPLES, seed)
+    figures, intervals = evaluate.summarise(told), evaluate.bootstrap_summary(told, RESAMPLES, seed)
     low, high = bars.get("chair_s", (None, None))
     words = {
         "chair_s": ("captions that name an absent object (CHAIR_s)", len(told), {"low": low, "high": high}),

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.miniatures import scores, training, world
+from attnzoo.miniatures import evaluate, training, world
 
 CAPTION_PROMPT = "<image>Describe the image."
 WORDS = ("yes", "no", "describe", "the", "image", "is", "there", "a", "photo", "of", "and", ",", ".", *world.NOUNS)
@@ -87,7 +87,7 @@ def build_model(model: dict[str, Any]) -> Any:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     ids = {word: i for i, word in enumerate(SPECIAL)}
-    tokens = {"pad_token_id": ids["<pad>"], "bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"]}
+    tokens: dict[str, Any] = {"pad_token_id": ids["<pad>"], "bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"]}
     vision = CLIPVisionConfig(
         hidden_size=model["vision_width"],
         intermediate_size=3 * model["vision_width"],
@@ -307,8 +307,8 @@ def _validate(model: Any, processor: Any, held: Sequence[world.Scene], seed: int
     """Caption figures and shares of right answers, on validation scenes."""
     rng = training.generator("validation", seed, 1)
     asked = [world.questions(scene, rng, 4) for scene in held]
-    figures = scores.summarise(scores.evaluate_captions(model, processor, held))
-    right = scores.question_figures(asked, scores.answer_questions(model, processor, held, asked))
+    figures = evaluate.summarise(evaluate.evaluate_captions(model, processor, held))
+    right = evaluate.question_figures(asked, evaluate.answer_questions(model, processor, held, asked))
     return figures | {f"right on {kind}": value for kind, value in right.items()}
 
 

@@ -10,7 +10,7 @@ All but `evaluate_captions` and `answer_questions` are pure functions of what th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,29 @@ def _normal_quantile(p: float) -> float:
     return NormalDist().inv_cdf(p)
 
 
+def bootstrap_interval(
+    items: Sequence[Any],
+    figure: Callable[[Sequence[Any]], float],
+    resamples: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `figure(items)`, resampling items; pairs as items keep a difference paired.
+
+    Raises ValueError for no items.
+    """
+    if not items:
+        raise ValueError("items must hold at least one entry, got none")
+    rng = np.random.default_rng(seed)
+    values = [figure([items[i] for i in rng.integers(0, len(items), len(items))]) for _ in range(resamples)]
+    return _edges(values, confidence)
+
+
+def _edges(values: Sequence[float], confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def paired_difference(
     first: Sequence[float], second: Sequence[float], resamples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float, float]:
@@ -135,8 +158,7 @@ def paired_difference(
     differences = np.asarray(first, float) - np.asarray(second, float)
     rng = np.random.default_rng(seed)
     means = [differences[rng.integers(0, len(differences), len(differences))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(differences.mean()), float(low), float(high)
+    return (float(differences.mean()), *_edges(means, confidence))
 
 
 def bootstrap_summary(
@@ -147,9 +169,7 @@ def bootstrap_summary(
     counts = np.array([_counts(r) for r in rows], float)
     rng = np.random.default_rng(seed)
     drawn = [_from_counts(counts[rng.integers(0, len(rows), len(rows))].sum(0)) for _ in range(resamples)]
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    edges = {key: np.quantile([d[key] for d in drawn], tails) for key in drawn[0]}
-    return {key: (float(low), float(high)) for key, (low, high) in edges.items()}
+    return {key: _edges([d[key] for d in drawn], confidence) for key in drawn[0]}
 
 
 def paired_bootstrap(
@@ -174,12 +194,7 @@ def paired_bootstrap(
         chosen = rng.integers(0, len(baseline), len(baseline))
         a, b = (_from_counts(c[chosen].sum(0)) for c in counts)
         drawn.append({key: b[key] - a[key] for key in a})
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    result = {}
-    for key in before:
-        low, high = np.quantile([d[key] for d in drawn], tails)
-        result[key] = (after[key] - before[key], float(low), float(high))
-    return result
+    return {key: (after[key] - before[key], *_edges([d[key] for d in drawn], confidence)) for key in before}
 
 
 def _counts(row: CaptionRow) -> tuple[int, ...]:

@@ -103,3 +103,8 @@ def regroup_probs(probs: Tensor, groups: Tensor, num_groups: int, rule: Rule) ->
     factors = rule(group_sums(probs, groups, num_groups)).transpose(1, 2)
     index = groups.long()[:, None, None].expand(probs.shape)
     return probs * factors.expand(*probs.shape[:3], num_groups).gather(-1, index)
+
+
+def group_sizes(groups: Tensor, num_groups: int) -> Tensor:
+    """How many keys each group has, [B, G], from uint8 [B, K]."""
+    return torch.stack([(groups == group).sum(1) for group in range(num_groups)], 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.errors import SeamError, UnsupportedError
 from attnzoo.kernels.edited_attention import Visibility
-from attnzoo.vlm.attention import RowEdits, dense_rows, fused_rows
+from attnzoo.vlm.attention import RowEdits, dense_rows, fused_rows, group_sizes
 from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Regroup
 
 _FOREIGN = ("position_bias", "s_aux", "cache")  # arguments that change an attention in a way that edits don't know
@@ -57,7 +57,7 @@ class CallState:
         own = edit.assign(hidden_states, self.image[:, past:stop], self.real[:, past:stop], memory).to(torch.uint8)
         groups = torch.cat([self.before(self.groups[layer], past, 0), own], 1) if past else own
         self.groups[layer] = groups
-        self.sizes[layer] = torch.stack([(groups == g).sum(1) for g in range(edit.num_groups)], 1)
+        self.sizes[layer] = group_sizes(groups, edit.num_groups)
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.errors import check_choice, check_range, check_tensor
+from attnzoo.vlm.attention import group_sizes, group_sums, regroup_probs
 from attnzoo.vlm.checks import as_layers, as_number
 from attnzoo.vlm.edits import Edit, Regroup
 
@@ -87,6 +88,29 @@ class VarRule:
         sink = torch.full_like(up, self.p)
         factors = torch.stack([torch.ones_like(up), up, sink, sink], -1)
         return torch.where(self.selected(masses, sizes)[..., None], factors, torch.ones_like(factors))
+
+
+def var_redistribute(
+    attn: Tensor, groups: Tensor, rule: VarRule | None = None, edited: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """VAR on softmax probabilities that exist already.
+
+    attn [B, H, Q, K]; groups [B, K0] uint8 from `var_groups`, K0 <= K: keys behind are generated text; edited [Q] or
+    [B, Q] bool: rows that may give (None: all). Returns the new probabilities and which rows the rule selected, before
+    `edited` was asked, bool [B, H, Q].
+    """
+    check_tensor("attn", attn, 4)
+    check_tensor("groups", groups, 2, [torch.uint8])
+    rule = VarRule() if rule is None else rule
+    sizes = group_sizes(groups, 4)
+    groups = torch.nn.functional.pad(groups, (0, attn.shape[3] - groups.shape[1]), value=OTHER)
+    chosen = rule.selected(group_sums(attn, groups, 4), sizes)
+
+    def factors(masses: Tensor) -> Tensor:
+        own = rule(masses, sizes)
+        return own if edited is None else torch.where(edited.expand(len(attn), -1)[:, :, None, None], own, 1.0)
+
+    return regroup_probs(attn, groups, 4, factors), chosen.transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ as they are (transformers' [B, H, N, D] enters as `tensor.transpose(1, 2)`). One
 scale, softcap and visibility belong to the model and hold for every row; the edits hold for `rows`. Different edits for
 different rows are several calls on `query[:, start:stop]` with `visibility.rows(start, stop)`.
 
-With `groups` [B or 1, H or 1, Nk] (uint8, each below num_groups <= 8) the keys are split and every group gets its own
-softmax: group_output [B, R, H, G, Dv] and group_lse [B, R, H, G]. The groups' masses are softmax(group_lse), so that
-whatever multiplies p by one factor per group (VAR, ACT, GIFT) is a sum over G vectors: `combine_groups`.
+With `groups` [B or 1, H or 1, Nk] (uint8) the keys are split into num_groups <= 8 groups and every group gets its own
+softmax: group_output [B, R, H, G, Dv] and group_lse [B, R, H, G]. A key numbered num_groups or more is in no group and
+not attended to. The groups' masses are softmax(group_lse), so that whatever multiplies p by one factor per group (VAR,
+ACT, GIFT) is a sum over G vectors: `combine_groups`.
 
 Memory: unedited rows go through F.scaled_dot_product_attention, at most MASK_ELEMENTS mask entries at a time; edited
 rows never hold more than SCORE_ELEMENTS logits at a time on the CPU and none on the GPU. Sources: shared/specs/vlm.md
@@ -100,6 +101,7 @@ def edited_attention(
         raise ValueError(f"rule and groups go together, got rule={type(rule).__name__}, groups={type(groups).__name__}")
     num_rows = query.shape[1]
     start, stop = resolve_rows(rows, num_rows)
+    check_choice("backend", backend, ("auto", *operator.REASONS))
     if edits.neutral:
         start, stop = 0, 0
     pieces: list[Tensor] = []

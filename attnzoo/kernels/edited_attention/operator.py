@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.kernels import dispatch, library
 from attnzoo.kernels.edited_attention import backward, reference, tiled
-from attnzoo.kernels.edited_attention.problem import Edits, Visibility
+from attnzoo.kernels.edited_attention.problem import Edits, Visibility, check_edits, check_inputs, check_visibility
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? span_ids, Tensor? mask, "
@@ -114,3 +114,23 @@ def grouped(
         backend,
     )
     return output, group_lse
+
+
+def describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility | None = None,
+    scale: float | None = None,
+    **others,
+) -> tuple[tuple, torch.device]:
+    """`edited_attention`'s arguments as the problem that REASONS judges, and the device; raises what it raises."""
+    query, key, value = check_inputs(query, key, value)
+    seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
+    names = ("softcap", "temperature", "key_bias", "boost", "groups", "num_groups")
+    defaults = {"softcap": None, "temperature": 1.0, "key_bias": None, "boost": None}
+    edits = check_edits(query, key, scale, **(defaults | {n: others[n] for n in names if n in others}))
+    return (query, key, value, seen, edits), query.device
+
+
+dispatch.register("edited_attention", REASONS, describe)

@@ -17,7 +17,7 @@ import json
 import math
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # Geometry takes many values in one model: specialising on 1 or on multiples of 16 would only multiply compilations.
 GEOMETRY = [f"{name}{axis}" for name in ("size", "kernel", "stride", "dilation") for axis in range(3)]
+GEOMETRY += ["heads", "num_extra", "bias_weight0", "bias_weight1"]
 
 
 # ----------------------------------------------------------------------------------------------- parts of the kernels
@@ -60,10 +61,8 @@ def window(p, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr
 
 
 @triton.jit
-def queries_of(
-    first, last, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr
-):  # inverse of `window`, for the backward
-    """Range of query positions that holds every query whose window meets the keys first .. last (inclusive).
+def queries_of(first, last, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr):
+    """The inverse of `window`: a range of query positions that holds all whose windows meet keys first .. last.
 
     The window's ends never decrease with the query's position, so that two bounds suffice; with a stride they may be
     a few queries too wide, and the pairs are masked exactly in any case.
@@ -103,18 +102,9 @@ def nth_tile(t, count1, count2, RANK: tl.constexpr):
 
 @triton.jit
 def tile_of_program(
-    pid,
-    size0,
-    size1,
-    size2,
-    dilation0,
-    dilation1,
-    dilation2,
-    RANK: tl.constexpr,
-    TILE0: tl.constexpr,
-    TILE1: tl.constexpr,
-    TILE2: tl.constexpr,
-):
+    pid, size0, size1, size2, dilation0, dilation1, dilation2,
+    RANK: tl.constexpr, TILE0: tl.constexpr, TILE1: tl.constexpr, TILE2: tl.constexpr,
+):  # fmt: skip
     """Program number -> (number of (batch, head), group per axis, first position of the tile per axis).
 
     Tiles of one group are neighbours in the launch order: they share keys in the cache.
@@ -149,37 +139,91 @@ def tile_of_program(
 
 
 @triton.jit
-def origin(batch, head, g0, g1, g2, stride_b, stride_0, stride_1, stride_2, stride_h):
-    """64-bit offset of a group's first token of one head of one batch item."""
-    offset = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
-    return offset + g0.to(tl.int64) * stride_0 + g1.to(tl.int64) * stride_1 + g2.to(tl.int64) * stride_2
+def query_axis(
+    t, i, group, size, kernel, stride, dilation, CAUSAL: tl.constexpr, BORDER: tl.constexpr, TILE: tl.constexpr
+):
+    """One axis of a tile of queries that begins at position t of its group; i: place in the tile.
+
+    Per query: position, first key, one past the last key, unclipped first key. Of the whole tile: length of the group,
+    first key and one past the last key (the ends never decrease with the position: two queries bound them all).
+    """
+    length = tl.cdiv(size - group, dilation)
+    p = t + i
+    first, last, start = window(tl.minimum(p, length - 1), length, kernel, stride, CAUSAL, BORDER)
+    low, _last, _start = window(tl.minimum(t, length - 1), length, kernel, stride, CAUSAL, BORDER)
+    _first, high, _start = window(tl.minimum(t + TILE, length) - 1, length, kernel, stride, CAUSAL, BORDER)
+    return p, first, last, start, length, low, high
 
 
 @triton.jit
-def offsets_of(
-    p0,
-    p1,
-    p2,
-    stride_0,
-    stride_1,
-    stride_2,
-    dilation0,
-    dilation1,
-    dilation2,
-    RANK: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Offsets of group positions from the group's first token; in 64 bits where WIDE."""
-    if WIDE:
-        dilation0 = dilation0.to(tl.int64)
-        dilation1 = dilation1.to(tl.int64)
-        dilation2 = dilation2.to(tl.int64)
-    offsets = p2 * (dilation2 * stride_2)
+def member(c0, c1, c2, length0, length1, length2, RANK: tl.constexpr):
+    """Whether the positions lie in their group; borders of zeros reach beyond both ends."""
+    inside = (c2 >= 0) & (c2 < length2)
     if RANK >= 2:
-        offsets += p1 * (dilation1 * stride_1)
+        inside = inside & (c1 >= 0) & (c1 < length1)
     if RANK == 3:
-        offsets += p0 * (dilation0 * stride_0)
+        inside = inside & (c0 >= 0) & (c0 < length0)
+    return inside
+
+
+@triton.jit
+def within(k, first, last):
+    """first <= k < last with one comparison: as unsigned numbers, k below first is larger than any width."""
+    return (k - first).to(tl.uint32, bitcast=True) < (last - first).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def visible(c0, c1, c2, first0, last0, first1, last1, first2, last2, RANK: tl.constexpr):
+    """Which keys (positions c, one orientation) lie in the windows of which queries (the other orientation)."""
+    seen = within(c2, first2, last2)
+    if RANK >= 2:
+        seen = seen & within(c1, first1, last1)
+    if RANK == 3:
+        seen = seen & within(c0, first0, last0)
+    return seen
+
+
+@triton.jit
+def offsets_of(x0, x1, x2, stride_0, stride_1, stride_2, RANK: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of grid coordinates within one head of one batch item, in 64 bits where WIDE."""
+    if WIDE:
+        x0 = x0.to(tl.int64)
+        x1 = x1.to(tl.int64)
+        x2 = x2.to(tl.int64)
+    offsets = x2 * stride_2
+    if RANK >= 2:
+        offsets += x1 * stride_1
+    if RANK == 3:
+        offsets += x0 * stride_0
     return offsets
+
+
+@triton.jit
+def rows_of(x0, x1, x2, size1, size2, heads, h, WIDE: tl.constexpr):
+    """Rows of contiguous [*grid, heads] tensors within one batch item, in 64 bits where WIDE."""
+    token = (x0 * size1 + x1) * size2 + x2
+    if WIDE:
+        token = token.to(tl.int64)
+    return token * heads + h
+
+
+@triton.jit
+def bias_of_queries(
+    bias, rows, b, h, p0, p1, p2, start0, start1, start2, kernel0, kernel1, kernel2, bias_b, bias_weight0, bias_weight1,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    """(pointer, index per query): a pair's bias is at index + the key's position . (bias_weight0, bias_weight1, 1).
+
+    That holds for both kinds: an offset bias is linear in key - query, a per-query one in key - start of the window.
+    """
+    index = rows * 0
+    if BIAS == "offset":
+        bias += h * (2 * kernel0 - 1) * bias_weight0
+        index = (kernel0 - 1 - p0) * bias_weight0 + (kernel1 - 1 - p1) * bias_weight1 + kernel2 - 1 - p2
+    if BIAS == "query":
+        bias += b.to(tl.int64) * bias_b
+        index = rows * (kernel0 * bias_weight0) - start0 * bias_weight0 - start1 * bias_weight1 - start2
+    return bias, index
 
 
 @triton.jit
@@ -209,12 +253,6 @@ def store_rows(pointer, offsets, valid, tile, COLUMNS: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def within(k, first, last):
-    """first <= k < last with one comparison: as unsigned numbers, k below first is larger than any width."""
-    return (k - first).to(tl.uint32, bitcast=True) < (last - first).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
 def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
     """One step: base-2 logits [BM, BN] and values [BN, DV] into running maximum, sum and weighted values."""
     new_top = tl.maximum(top, tl.max(logits, 1))
@@ -228,78 +266,18 @@ def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
 # --------------------------------------------------------------------------------------------------------- the kernel
 
 
-@triton.jit(do_not_specialize=[*GEOMETRY, "num_extra", "heads", "bias_weight0", "bias_weight1"])
+@triton.jit(do_not_specialize=GEOMETRY)
 def na_forward(
-    query,
-    key,
-    value,
-    bias,
-    extra_key,
-    extra_value,
-    out,
-    lse,
-    scale,
-    heads,
-    num_extra,
-    size0,
-    size1,
-    size2,
-    kernel0,
-    kernel1,
-    kernel2,
-    stride0,
-    stride1,
-    stride2,
-    dilation0,
-    dilation1,
-    dilation2,
-    q_b,
-    q_0,
-    q_1,
-    q_2,
-    q_h,
-    k_b,
-    k_0,
-    k_1,
-    k_2,
-    k_h,
-    v_b,
-    v_0,
-    v_1,
-    v_2,
-    v_h,
-    ek_b,
-    ek_n,
-    ek_h,
-    ev_b,
-    ev_n,
-    ev_h,
-    bias_b,
-    bias_weight0,
-    bias_weight1,
-    HEADS_PER_KV: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    RANK: tl.constexpr,
-    CAUSAL0: tl.constexpr,
-    CAUSAL1: tl.constexpr,
-    CAUSAL2: tl.constexpr,
-    BORDER: tl.constexpr,
-    BIAS: tl.constexpr,
-    EXTRA: tl.constexpr,
-    WIDE: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TQ0: tl.constexpr,
-    TQ1: tl.constexpr,
-    TQ2: tl.constexpr,
-    TK0: tl.constexpr,
-    TK1: tl.constexpr,
-    TK2: tl.constexpr,
-):
-    """out, lse of one tile of queries. Geometry, strides and tiles as `launch_arguments` lays them out."""
+    query, key, value, bias, extra_key, extra_value, out, lse, scale, heads, num_extra,
+    size0, size1, size2, kernel0, kernel1, kernel2, stride0, stride1, stride2, dilation0, dilation1, dilation2,
+    q_b, q_0, q_1, q_2, q_h, k_b, k_0, k_1, k_2, k_h, v_b, v_0, v_1, v_2, v_h, ek_b, ek_n, ek_h, ev_b, ev_n, ev_h,
+    bias_b, bias_weight0, bias_weight1,
+    HEADS_PER_KV: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    RANK: tl.constexpr, CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, BORDER: tl.constexpr,
+    BIAS: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TQ0: tl.constexpr, TQ1: tl.constexpr, TQ2: tl.constexpr, TK0: tl.constexpr, TK1: tl.constexpr, TK2: tl.constexpr,
+):  # fmt: skip
+    """out and lse of one tile of queries. The arguments are those that `common_arguments` and `forward` give."""
     BM: tl.constexpr = TQ0 * TQ1 * TQ2
     BN: tl.constexpr = TK0 * TK1 * TK2
     rest, g0, g1, g2, t0, t1, t2 = tile_of_program(
@@ -308,48 +286,35 @@ def na_forward(
     b = rest // heads
     h = rest % heads
     h_kv = h // HEADS_PER_KV
-    len0 = tl.cdiv(size0 - g0, dilation0)
-    len1 = tl.cdiv(size1 - g1, dilation1)
-    len2 = tl.cdiv(size2 - g2, dilation2)
-
     i0, i1, i2 = place(tl.arange(0, BM), TQ1, TQ2)
-    p0 = t0 + i0
-    p1 = t1 + i1
-    p2 = t2 + i2
-    valid = (p0 < len0) & (p1 < len1) & (p2 < len2)
-    first0, last0, start0 = window(tl.minimum(p0, len0 - 1), len0, kernel0, stride0, CAUSAL0, BORDER)
-    first1, last1, start1 = window(tl.minimum(p1, len1 - 1), len1, kernel1, stride1, CAUSAL1, BORDER)
-    first2, last2, start2 = window(tl.minimum(p2, len2 - 1), len2, kernel2, stride2, CAUSAL2, BORDER)
-
-    # The hull: window ends never decrease with the position, so the tile's first and last query bound it.
-    low0, _e0, _s0 = window(tl.minimum(t0, len0 - 1), len0, kernel0, stride0, CAUSAL0, BORDER)
-    low1, _e1, _s1 = window(tl.minimum(t1, len1 - 1), len1, kernel1, stride1, CAUSAL1, BORDER)
-    low2, _e2, _s2 = window(tl.minimum(t2, len2 - 1), len2, kernel2, stride2, CAUSAL2, BORDER)
-    _f0, high0, _s0 = window(tl.minimum(t0 + TQ0, len0) - 1, len0, kernel0, stride0, CAUSAL0, BORDER)
-    _f1, high1, _s1 = window(tl.minimum(t1 + TQ1, len1) - 1, len1, kernel1, stride1, CAUSAL1, BORDER)
-    _f2, high2, _s2 = window(tl.minimum(t2 + TQ2, len2) - 1, len2, kernel2, stride2, CAUSAL2, BORDER)
-    count0 = tl.maximum(tl.cdiv(high0 - low0, TK0), 0)
-    count1 = tl.maximum(tl.cdiv(high1 - low1, TK1), 0)
-    count2 = tl.maximum(tl.cdiv(high2 - low2, TK2), 0)
-    tiles = count0 * count1 * count2
-
-    query += origin(b, h, g0, g1, g2, q_b, q_0, q_1, q_2, q_h)
-    key += origin(b, h_kv, g0, g1, g2, k_b, k_0, k_1, k_2, k_h)
-    value += origin(b, h_kv, g0, g1, g2, v_b, v_0, v_1, v_2, v_h)
-    q_offsets = offsets_of(p0, p1, p2, q_0, q_1, q_2, dilation0, dilation1, dilation2, RANK, WIDE)
-    q = load_rows(query, q_offsets, valid, DIM, BLOCK_D, UPCAST)
-    # Rows of out and lse, which are contiguous: [batch, size0, size1, size2, heads].
-    row_of_tile = (((b.to(tl.int64) * size0 + g0) * size1 + g1) * size2 + g2) * heads + h
-    rows = offsets_of(
-        p0, p1, p2, size1 * size2 * heads, size2 * heads, heads, dilation0, dilation1, dilation2, RANK, WIDE
+    p0, first0, last0, start0, length0, low0, high0 = query_axis(
+        t0, i0, g0, size0, kernel0, stride0, dilation0, CAUSAL0, BORDER, TQ0
     )
-    if BIAS == "offset":
-        bias += h * (2 * kernel0 - 1) * bias_weight0
-        bias_row = (kernel0 - 1 - p0) * bias_weight0 + (kernel1 - 1 - p1) * bias_weight1 + kernel2 - 1 - p2
-    if BIAS == "query":
-        area = kernel0 * bias_weight0
-        bias += b.to(tl.int64) * bias_b + (row_of_tile - b.to(tl.int64) * size0 * size1 * size2 * heads) * area
-        bias_row = rows * area - start0 * bias_weight0 - start1 * bias_weight1 - start2
+    p1, first1, last1, start1, length1, low1, high1 = query_axis(
+        t1, i1, g1, size1, kernel1, stride1, dilation1, CAUSAL1, BORDER, TQ1
+    )
+    p2, first2, last2, start2, length2, low2, high2 = query_axis(
+        t2, i2, g2, size2, kernel2, stride2, dilation2, CAUSAL2, BORDER, TQ2
+    )
+    valid = (p0 < length0) & (p1 < length1) & (p2 < length2)
+    last2 = tl.where(valid, last2, first2)  # queries beyond the group see nothing, and read no bias
+    count1 = tl.cdiv(high1 - low1, TK1)
+    count2 = tl.cdiv(high2 - low2, TK2)
+    tiles = tl.maximum(tl.cdiv(high0 - low0, TK0), 0) * tl.maximum(count1, 0) * tl.maximum(count2, 0)
+
+    x0 = g0 + p0 * dilation0
+    x1 = g1 + p1 * dilation1
+    x2 = g2 + p2 * dilation2
+    query += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+    key += b.to(tl.int64) * k_b + h_kv.to(tl.int64) * k_h
+    value += b.to(tl.int64) * v_b + h_kv.to(tl.int64) * v_h
+    q = load_rows(query, offsets_of(x0, x1, x2, q_0, q_1, q_2, RANK, WIDE), valid, DIM, BLOCK_D, UPCAST)
+    batch_rows = b.to(tl.int64) * size0 * size1 * size2 * heads
+    rows = rows_of(x0, x1, x2, size1, size2, heads, h, WIDE)
+    bias, bias_row = bias_of_queries(
+        bias, rows, b, h, p0, p1, p2, start0, start1, start2, kernel0, kernel1, kernel2,
+        bias_b, bias_weight0, bias_weight1, BIAS,
+    )  # fmt: skip
 
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -361,27 +326,21 @@ def na_forward(
         c0 = low0 + a0 * TK0 + j0
         c1 = low1 + a1 * TK1 + j1
         c2 = low2 + a2 * TK2 + j2
-        real = (c2 >= 0) & (c2 < len2)
-        if RANK >= 2:
-            real = real & (c1 >= 0) & (c1 < len1)
-        if RANK == 3:
-            real = real & (c0 >= 0) & (c0 < len0)
-        k_offsets = offsets_of(c0, c1, c2, k_0, k_1, k_2, dilation0, dilation1, dilation2, RANK, WIDE)
-        v_offsets = offsets_of(c0, c1, c2, v_0, v_1, v_2, dilation0, dilation1, dilation2, RANK, WIDE)
-        k = load_rows(key, k_offsets, real, DIM, BLOCK_D, UPCAST)
+        real = member(c0, c1, c2, length0, length1, length2, RANK)
+        x0 = g0 + c0 * dilation0
+        x1 = g1 + c1 * dilation1
+        x2 = g2 + c2 * dilation2
+        k = load_rows(key, offsets_of(x0, x1, x2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-        seen = within(c2[None, :], first2[:, None], last2[:, None])
-        if RANK >= 2:
-            seen = seen & within(c1[None, :], first1[:, None], last1[:, None])
-        if RANK == 3:
-            seen = seen & within(c0[None, :], first0[:, None], last0[:, None])
+        seen = visible(
+            c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
+            first2[:, None], last2[:, None], RANK,
+        )  # fmt: skip
         if BIAS != "none":
-            bias_column = c0 * bias_weight0 + c1 * bias_weight1 + c2
-            logits += tl.load(bias + (bias_row[:, None] + bias_column[None, :]), mask=seen, other=0.0).to(
-                tl.float32
-            ) * LOG2E
+            index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
+            logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
         logits = tl.where(seen, logits, float("-inf"))
-        v = load_rows(value, v_offsets, real, DIM_V, BLOCK_DV, UPCAST)
+        v = load_rows(value, offsets_of(x0, x1, x2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
 
     if EXTRA:
@@ -398,9 +357,9 @@ def na_forward(
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    store_rows(out + row_of_tile * DIM_V, rows * DIM_V, valid, acc, DIM_V, BLOCK_DV)
+    store_rows(out + batch_rows * DIM_V, rows * DIM_V, valid, acc, DIM_V, BLOCK_DV)
     natural = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN2)
-    tl.store(lse + row_of_tile + rows, natural, mask=valid)
+    tl.store(lse + batch_rows + rows, natural, mask=valid)
 
 
 # ------------------------------------------------------------------------------------------------------- the launcher
@@ -431,10 +390,14 @@ def bucket(head_dim: int, head_dim_v: int) -> int:
 def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, vendor: str) -> Config:
     """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
 
-    vendor is "cuda" or "hip": an entry may carry other numbers for "hip" beside its own.
+    vendor is "cuda", "hip" or "interpreter": an entry may carry other numbers for "hip" beside its own, and the
+    interpreter, whose cost is per step and not per element, has tiles of its own.
     """
-    entry = _table()["kernels"][kernel][str(itemsize)][str(bucket(head_dim, head_dim_v))]
-    entry = {**entry, **(entry.get("hip", {}) if vendor == "hip" else {})}
+    if vendor == "interpreter":
+        entry = _table()["interpreter"]
+    else:
+        entry = _table()["kernels"][kernel][str(itemsize)][str(bucket(head_dim, head_dim_v))]
+        entry = {**entry, **(entry.get("hip", {}) if vendor == "hip" else {})}
     shapes = _table()["tiles"][str(rank)]
 
     def tile(tokens: int) -> tuple[int, int, int]:
@@ -444,8 +407,10 @@ def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int
     return Config(tile(entry["queries"]), tile(entry["keys"]), entry["warps"], entry["stages"])
 
 
-def _vendor() -> str:
-    return "hip" if torch.version.hip else "cuda"
+def config_for(kernel: str, problem: Problem) -> Config:
+    """The configuration of one kernel for a problem, on the GPUs that this torch was built for."""
+    vendor = "interpreter" if interpreting() else "hip" if torch.version.hip else "cuda"
+    return config(kernel, problem.rank, problem.head_dim, problem.head_dim_v, problem.dtype.itemsize, vendor)
 
 
 def precision() -> str:
@@ -516,7 +481,7 @@ def wide(*tensors: Tensor | None) -> bool:
 
 
 def bias_arguments(bias: Tensor | None, problem: Problem) -> dict[str, int | str]:
-    """How the kernels index a contiguous bias: linearly in key and query positions (offset) or in window slots (query)."""
+    """How the kernels index a contiguous bias: linear in key - query (offset) or in the window's slots (query)."""
     extents = [2 * k - 1 if problem.bias == "offset" else k for k in three(problem.kernel_size, 1)]
     batch = 0 if bias is None or problem.bias == "offset" or bias.shape[0] == 1 else bias.stride(0)
     return {
@@ -540,6 +505,62 @@ def count_tiles(problem: Problem, tile: tuple[int, int, int]) -> int:
         for size, dilation, length in zip(three(problem.grid, 1), three(problem.dilation, 1), tile)
     )
     return math.prod(per_axis)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call as the kernels take them: last dimensions contiguous, None where there is none."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    extra_key: Tensor | None
+    extra_value: Tensor | None
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    problem: Problem,
+) -> Inputs:
+    """Copies what can't be read as it is: rows that are not contiguous, and a bias that is not."""
+    extra = (additional_keys, additional_values) if problem.num_additional else (None, None)
+    rows = [None if t is None else last_dim_contiguous(t) for t in (query, key, value, *extra)]
+    return Inputs(*rows[:3], None if bias is None else bias.contiguous(), *rows[3:])  # type: ignore[arg-type]
+
+
+def common_arguments(inputs: Inputs, problem: Problem, cfg: Config, *others: Tensor | None) -> dict[str, Any]:
+    """What forward and backward kernels share; a tensor that is absent is stood in for by the query, never read.
+
+    others: tensors of the call beyond the inputs, for the decision whether offsets need 64 bits.
+    """
+    query, key, value, bias, extra_key, extra_value = inputs
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": query if bias is None else bias,
+        "extra_key": query if extra_key is None else extra_key,
+        "extra_value": query if extra_value is None else extra_value,
+        "scale": problem.scale,
+        "heads": problem.num_heads,
+        "num_extra": problem.num_additional,
+        "EXTRA": extra_key is not None,
+        "WIDE": wide(*inputs, *others),
+        **grid_strides("q", query),
+        **grid_strides("k", key),
+        **grid_strides("v", value),
+        **extra_strides("ek", extra_key),
+        **extra_strides("ev", extra_value),
+        **geometry(problem),
+        **blocks(problem),
+        **bias_arguments(bias, problem),
+        **tile_arguments(cfg),
+    }
 
 
 def on_device(tensor: Tensor) -> Any:
@@ -574,39 +595,34 @@ def forward(
     Inputs are read through their strides; one whose last dimension is not contiguous is copied once, and so is a bias
     that is not contiguous.
     """
-    query, key, value = map(last_dim_contiguous, (query, key, value))
-    bias = None if bias is None else bias.contiguous()
+    inputs = prepare(query, key, value, bias, additional_keys, additional_values, problem)
     out = torch.empty((*query.shape[:-1], problem.head_dim_v), dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     if out.numel() == 0:
         return out, lse
-    extra = additional_keys is not None and additional_values is not None and problem.num_additional > 0
-    ek, ev = (last_dim_contiguous(t) if extra and t is not None else None for t in (additional_keys, additional_values))
-    cfg = config("forward", problem.rank, problem.head_dim, problem.head_dim_v, query.element_size(), _vendor())
+    cfg = config_for("forward", problem)
     programs = problem.batch * problem.num_heads * count_tiles(problem, cfg.queries)
     with on_device(query):
-        na_forward[(programs,)](
-            query=query,
-            key=key,
-            value=value,
-            bias=query if bias is None else bias,
-            extra_key=query if ek is None else ek,
-            extra_value=query if ev is None else ev,
-            out=out,
-            lse=lse,
-            scale=problem.scale,
-            heads=problem.num_heads,
-            num_extra=problem.num_additional,
-            EXTRA=extra,
-            WIDE=wide(query, key, value, out, ek, ev, bias if problem.bias == "query" else None),
-            **grid_strides("q", query),
-            **grid_strides("k", key),
-            **grid_strides("v", value),
-            **extra_strides("ek", ek),
-            **extra_strides("ev", ev),
-            **geometry(problem),
-            **blocks(problem),
-            **bias_arguments(bias, problem),
-            **tile_arguments(cfg),
-        )
+        na_forward[(programs,)](out=out, lse=lse, **common_arguments(inputs, problem, cfg, out))
     return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    needs: tuple[bool, ...] = (True,) * 6,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `triton_backward.backward`: query, key, value, bias, additional_keys, additional_values."""
+    from attnzoo.kernels.neighborhood_attention import triton_backward  # it builds on this module
+
+    tensors = (query, key, value, bias, additional_keys, additional_values)
+    return triton_backward.backward(grad_out, grad_lse, *tensors, out, lse, problem, needs)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,46 +256,6 @@ def _describe(*args: Any, **kwargs: Any) -> tuple[Problem, torch.device]:
 dispatch.register(NAME, _REASONS, _describe)
 
 
-@overload
-def neighborhood_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: PerAxis,
-    stride: PerAxis = 1,
-    dilation: PerAxis = 1,
-    is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
-    *,
-    border: str = "shift",
-    bias: Tensor | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    return_lse: Literal[False] = False,
-    backend: str = "auto",
-) -> Tensor: ...
-
-
-@overload
-def neighborhood_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: PerAxis,
-    stride: PerAxis = 1,
-    dilation: PerAxis = 1,
-    is_causal: bool | Sequence[bool] = False,
-    scale: float | None = None,
-    *,
-    border: str = "shift",
-    bias: Tensor | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    return_lse: bool,
-    backend: str = "auto",
-) -> Any: ...
-
-
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,
@@ -444,7 +404,7 @@ def _natten(rank: int) -> Callable[..., Any]:
     query, key, value: [B, {", ".join("XYZ"[:rank])}, heads, head_dim]. From `kernel_size` to `additional_values`, and
     `return_lse`: as in `neighborhood_attention` with border="shift". backend: None ("auto") or one of this library's.
     NATTEN's tuning arguments (tile shapes, splits, schedule, torch_compile, ...) name its own kernels' settings: they
-    never change a result and have no effect here. Raises ValueError for a non-empty attention_kwargs, or a NATTEN back end.
+    never change a result and have no effect here. A non-empty attention_kwargs or a NATTEN back end: ValueError.
     """
     return function
 

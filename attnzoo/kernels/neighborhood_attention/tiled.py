@@ -1,0 +1,405 @@
+"""The CPU path: tiles of queries against the box of keys around them, by batched matrix products, forward and backward.
+
+Per column of the last axis and group of batch entries or heads, keys and values are copied heads-first once (half types
+become float32 there: half-precision products are tens of times slower on most CPUs), then cut into tiles by whole rows.
+Memory beyond inputs and outputs is a few tiles' logits (_LOGITS elements at a time) and one column's keys, never tokens
+x tokens. The backward pass computes the logits again from lse, whatever back end made them; a gradient that several
+tiles share is summed in a fixed order. See `tiling.py` for the cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.kernels.neighborhood_attention.problem import Problem
+from attnzoo.kernels.neighborhood_attention.tiling import Column, Plan, plan
+
+_LOGITS = 1 << 19
+_COLUMN = 1 << 23
+_BIAS_SUMS = 1 << 24
+
+
+def reasons(problem: Problem) -> list[str]:
+    """Why the CPU path can't serve `problem`: it serves all (the device is judged by `dispatch`)."""
+    return []
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What one pass works on: batch entries, key/value heads, and chunks of row tiles."""
+
+    batch: slice
+    heads: slice
+    chunks: tuple[tuple[int, int], ...]
+
+
+class _Call:
+    """A problem with its plan, and the tensors seen as [B, rows, columns, heads, ...]."""
+
+    def __init__(self, problem: Problem, tile: tuple[int, ...] | None = None) -> None:
+        self.problem = problem
+        self.plan: Plan = plan(problem, tile)
+        self.group = problem.num_heads // problem.num_heads_kv
+        self.dtype = problem.compute_dtype
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """[B, *grid, heads, ...] as [B, rows, columns, heads, ...]."""
+        lead = self.problem.rank - 1
+        if lead == 0:
+            return tensor.unsqueeze(2)
+        return tensor.flatten(1, lead) if lead > 1 else tensor
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """A key or value as [B, rows, columns, heads_kv, dim], the zero keys of border "zero" around it."""
+        if any(self.plan.padding):
+            padding = self.plan.padding[2:] if self.problem.rank == 1 else self.plan.padding
+            tensor = F.pad(tensor, (0, 0, 0, 0, *padding))
+        return self.rows(tensor)
+
+    def units(self, column: Column) -> Iterator[_Unit]:
+        """The passes over one column, within the limits on memory."""
+        problem, cut = self.problem, self.plan
+        num_tiles, widest = len(cut.query), max(problem.head_dim, problem.head_dim_v)
+        per_tile = self.group * cut.query.shape[1] * column.num_queries * cut.key.shape[1] * column.num_keys
+        per_head = math.prod(cut.key_grid[:-1] or (1,)) * column.num_keys * widest
+        heads = max(1, min(problem.num_heads_kv, _LOGITS // per_tile, _COLUMN // per_head))
+        tiles = max(1, min(num_tiles, _LOGITS // (per_tile * heads)))
+        chunks = tuple((first, min(first + tiles, num_tiles)) for first in range(0, num_tiles, tiles))
+        entries = 1
+        if heads == problem.num_heads_kv and tiles == num_tiles:
+            entries = max(1, min(_LOGITS // (per_tile * heads * tiles), _COLUMN // (per_head * heads)))
+        for entry in range(0, problem.batch, entries):
+            for head in range(0, problem.num_heads_kv, heads):
+                yield _Unit(
+                    slice(entry, min(entry + entries, problem.batch)),
+                    slice(head, min(head + heads, problem.num_heads_kv)),
+                    chunks,
+                )
+
+    def all_heads(self, unit: _Unit) -> slice:
+        """The query heads of a unit."""
+        return slice(unit.heads.start * self.group, unit.heads.stop * self.group)
+
+    def heads_first(self, tensor: Tensor, unit: _Unit, columns: slice, heads: slice, scale: float = 1.0) -> Tensor:
+        """A column of [B, rows, columns, heads, dim] as a contiguous [b, heads, rows, columns, dim], times scale."""
+        part = tensor[unit.batch, :, columns, heads].permute(0, 3, 1, 2, 4)
+        copy = torch.empty(part.shape, dtype=self.dtype)
+        if scale != 1.0 and part.dtype == self.dtype:
+            return torch.mul(part, scale, out=copy)
+        copy.copy_(part)
+        return copy if scale == 1.0 else copy.mul_(scale)
+
+    def query_tiles(self, rows: Tensor, first: int, last: int) -> Tensor:
+        """[b, heads, rows, columns, dim] as [b, heads_kv, tiles, group, queries, dim], contiguous."""
+        cut = self.plan
+        if cut.in_order:
+            taken = rows.narrow(2, first * cut.query.shape[1], (last - first) * cut.query.shape[1])
+        else:
+            taken = rows.index_select(2, cut.query[first:last].flatten())
+        tiles = taken.reshape(
+            rows.shape[0], -1, self.group, last - first, cut.query.shape[1] * rows.shape[3], rows.shape[4]
+        )
+        return tiles.transpose(2, 3).contiguous()
+
+    def key_tiles(self, rows: Tensor, first: int, last: int) -> Tensor:
+        """[b, heads_kv, rows, columns, dim] as [b * heads_kv * tiles, keys, dim], contiguous."""
+        taken = rows.index_select(2, self.plan.key[first:last].flatten())
+        return taken.view(-1, self.plan.key.shape[1] * rows.shape[3], rows.shape[4])
+
+    def put(self, tiles: Tensor, whole: Tensor, unit: _Unit, column: Column, parts: list[Tensor], last: int) -> None:
+        """Write tiles [b, heads_kv, tiles, group, queries, dim] into `whole` [B, rows, columns, heads, dim].
+
+        Chunks come in order; where rows are not in order, they wait in `parts` for the last one.
+        """
+        cut = self.plan
+        per_tile = cut.query.shape[1]
+        tiles = tiles.unflatten(4, (per_tile, column.num_queries)).permute(0, 2, 4, 5, 1, 3, 6)
+        goal = whole[unit.batch, :, column.queries, self.all_heads(unit)]
+        goal = goal.unflatten(3, (-1, self.group))
+        if cut.in_order:
+            end = last * per_tile
+            start = end - tiles.shape[1] * per_tile
+            goal[:, start:end].unflatten(1, (-1, per_tile)).copy_(tiles)
+            return
+        parts.append(tiles.flatten(1, 2))
+        if last == len(cut.query):
+            goal.copy_((parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, cut.inverse))
+            parts.clear()
+
+
+def _bias_tiles(call: _Call, bias: Tensor, unit: _Unit, column: Column, first: int, last: int) -> Tensor:
+    """The bias of a chunk, [b or 1, heads_kv, tiles, group, queries, keys]."""
+    cut, heads = call.plan, call.all_heads(unit)
+    if call.problem.bias == "offset":
+        table = bias.flatten(1)[heads].to(call.dtype)
+        taken = table[:, cut.offset(first, last, column)]
+        return taken.unflatten(0, (-1, call.group)).transpose(1, 2)[None]
+    of_batch = _Unit(unit.batch if bias.shape[0] > 1 else slice(0, 1), unit.heads, unit.chunks)
+    rows = call.heads_first(call.rows(bias), of_batch, column.queries, heads)
+    tiles = call.query_tiles(rows, first, last)
+    slot = cut.slot(first, last, column)[None, None, :, None]
+    return tiles.gather(-1, slot.expand(*tiles.shape[:2], -1, call.group, -1, -1))
+
+
+def _logits(
+    call: _Call, query: Tensor, keys: Tensor, added: Tensor | None, column: Column, first: int, last: int
+) -> Tensor:
+    """[b, heads_kv, tiles, group, queries, keys]; -inf where a query doesn't see a key. query holds the scale."""
+    logits = torch.bmm(query.flatten(3, 4).flatten(0, 2), keys.transpose(1, 2)).view(*query.shape[:-1], -1)
+    if added is not None:
+        logits += added
+    mask = call.plan.mask(first, last, column)
+    return logits if mask is None else logits.add_(mask[:, None])
+
+
+class _BiasCache:
+    """The bias of each chunk for the columns of one kind, where it does not change from unit to unit."""
+
+    def __init__(self, call: _Call, bias: Tensor | None) -> None:
+        self.call, self.bias = call, bias
+        self.kind, self.kept = -1, dict[tuple[int, int], Tensor]()
+        self.size = 0
+
+    def get(self, unit: _Unit, column: Column, first: int, last: int) -> Tensor | None:
+        """The chunk's bias, or None where there is none."""
+        if self.bias is None:
+            return None
+        if self.call.problem.bias == "query":
+            return _bias_tiles(self.call, self.bias, unit, column, first, last)
+        if self.kind != column.kind:
+            self.kind, self.size = column.kind, 0
+            self.kept.clear()
+        name = (first, unit.heads.start)
+        if name not in self.kept:
+            made = _bias_tiles(self.call, self.bias, unit, column, first, last)
+            self.size += made.numel()
+            if self.size > _COLUMN:
+                return made
+            self.kept[name] = made
+        return self.kept[name]
+
+
+def _additional(call: _Call, unit: _Unit, tensor: Tensor | None) -> Tensor | None:
+    """Additional keys or values [B, n, heads_kv, dim] as [b * heads_kv, n, dim] for one unit."""
+    if tensor is None or tensor.shape[1] == 0:
+        return None
+    return tensor[unit.batch, :, unit.heads].transpose(1, 2).to(call.dtype).flatten(0, 1)
+
+
+def _by_head(tiles: Tensor) -> Tensor:
+    """[b, heads_kv, tiles, group, queries, x] as [b * heads_kv, all queries, x]."""
+    return tiles.flatten(2, 4).flatten(0, 1)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    problem: Problem,
+    tile: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out [B, *grid, heads, head_dim_v] in the query's dtype and lse [B, *grid, heads] in the computation's."""
+    call = _Call(problem, tile)
+    out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
+    lse = query.new_empty(query.shape[:-1], dtype=call.dtype)
+    rows, keys, values = call.rows(query), call.keys(key), call.keys(value)
+    out_rows, lse_rows = call.rows(out), call.rows(lse[..., None])
+    added = _BiasCache(call, bias)
+    for column in call.plan.columns:
+        for unit in call.units(column):
+            column_query = call.heads_first(rows, unit, column.queries, call.all_heads(unit), problem.scale)
+            column_key = call.heads_first(keys, unit, column.keys, unit.heads)
+            column_value = call.heads_first(values, unit, column.keys, unit.heads)
+            far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
+            waiting: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for first, last in unit.chunks:
+                tiles = call.query_tiles(column_query, first, last)
+                tile_keys = call.key_tiles(column_key, first, last)
+                weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
+                highest = weights.amax(-1, keepdim=True)
+                far = None
+                if far_key is not None:
+                    far = torch.bmm(_by_head(tiles), far_key.transpose(1, 2)).view(*tiles.shape[:-1], -1)
+                    highest = torch.maximum(highest, far.amax(-1, keepdim=True))
+                if bias is not None:
+                    highest.masked_fill_(highest == -math.inf, 0.0)
+                weights.sub_(highest).exp_()
+                total = weights.sum(-1, keepdim=True)
+                made = torch.bmm(weights.flatten(3, 4).flatten(0, 2), call.key_tiles(column_value, first, last))
+                made = made.view(*tiles.shape[:-1], -1)
+                if far is not None and far_value is not None:
+                    far.sub_(highest).exp_()
+                    total += far.sum(-1, keepdim=True)
+                    made += torch.bmm(_by_head(far), far_value).view_as(made)
+                # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
+                call.put(highest.add_(total.log()), lse_rows, unit, column, waiting[1], last)
+                made.div_(total if bias is None else total.masked_fill_(total == 0.0, 1.0))
+                call.put(made, out_rows, unit, column, waiting[0], last)
+    return out, lse
+
+
+class _BiasGradient:
+    """Sums the logits' gradients into the bias's."""
+
+    def __init__(self, call: _Call, bias: Tensor) -> None:
+        self.call, self.bias = call, bias
+        self.total = torch.zeros(bias.shape, dtype=call.dtype)
+        self.kind, self.column = -1, None
+        self.sums: dict[tuple[int, int, int], tuple[_Unit, Tensor]] = {}
+
+    def add(self, grad: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
+        """grad: [b, heads_kv, tiles, group, queries, keys], zero for repeated queries."""
+        if self.call.problem.bias == "query":
+            self._by_query(grad, unit, column, first, last)
+            return
+        if column.kind != self.kind:
+            self.flush()
+            self.kind, self.column = column.kind, column
+        summed, name = grad.sum(0), (first, last, unit.heads.start)
+        if name in self.sums:
+            self.sums[name][1].add_(summed)
+        else:
+            self.sums[name] = (unit, summed)
+        if sum(kept.numel() for _, kept in self.sums.values()) > _BIAS_SUMS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Empty the sums over columns of one kind into the table; tiles of a kind share its offsets."""
+        table = self.total.flatten(1)
+        for (first, last, _), (unit, summed) in self.sums.items():
+            assert self.column is not None
+            index = self.call.plan.offset(first, last, self.column).flatten()
+            by_head = summed.transpose(1, 2).flatten(0, 1).flatten(1)
+            for head, weights in zip(range(*self.call.all_heads(unit).indices(table.shape[0])), by_head):
+                table[head] += torch.bincount(index, weights.double(), table.shape[1]).to(table.dtype)
+        self.sums.clear()
+
+    def _by_query(self, grad: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
+        call, per_tile = self.call, self.call.plan.query.shape[1]
+        place, present = (t[None, None, :, None] for t in call.plan.place(first, last, column))
+        taken = grad.gather(-1, place.expand(*grad.shape[:2], -1, call.group, -1, -1)) * present
+        entries = slice(0, 1) if self.bias.shape[0] == 1 else unit.batch
+        if self.bias.shape[0] == 1:
+            taken = taken.sum(0, keepdim=True)
+        taken = taken.unflatten(4, (per_tile, column.num_queries)).permute(0, 2, 4, 5, 1, 3, 6).flatten(1, 2)
+        goal = call.rows(self.total)[entries, :, column.queries, call.all_heads(unit)].unflatten(3, (-1, call.group))
+        goal.index_add_(1, call.plan.query[first:last].flatten(), taken)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    problem: Problem,
+    tile: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of query, key, value, bias, additional_keys and additional_values.
+
+    With p = exp(logits - lse): dp = <grad_out, value>, dlogits = p * (dp - <grad_out, out> + grad_lse).
+    """
+    call = _Call(problem, tile)
+    cut, dtype = call.plan, call.dtype
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta -= grad_lse[..., None].to(dtype)
+    total = lse.to(dtype)[..., None]
+    if bias is not None:
+        total = total.masked_fill(total == -math.inf, 0.0)
+    statistics = call.rows(torch.cat([total, delta], -1))
+    rows, keys, values, grads = call.rows(query), call.keys(key), call.keys(value), call.rows(grad_out)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_query_rows = call.rows(grad_query)
+    grad_keys, grad_values = (torch.zeros(t.shape, dtype=dtype) for t in (keys, values))
+    added = _BiasCache(call, bias)
+    grad_bias = None if bias is None else _BiasGradient(call, bias)
+    grad_far_key, grad_far_value = (
+        None if t is None else torch.zeros(t.shape, dtype=dtype) for t in (additional_keys, additional_values)
+    )
+    for column in cut.columns:
+        for unit in call.units(column):
+            heads = call.all_heads(unit)
+            column_query = call.heads_first(rows, unit, column.queries, heads, problem.scale)
+            column_grad = call.heads_first(grads, unit, column.queries, heads)
+            column_statistics = call.heads_first(statistics, unit, column.queries, heads)
+            column_key = call.heads_first(keys, unit, column.keys, unit.heads)
+            column_value = call.heads_first(values, unit, column.keys, unit.heads)
+            d_key, d_value = torch.zeros_like(column_key), torch.zeros_like(column_value)
+            far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
+            waiting: list[Tensor] = []
+            for first, last in unit.chunks:
+                tiles = call.query_tiles(column_query, first, last)
+                grad = call.query_tiles(column_grad, first, last)
+                log_total, shift = call.query_tiles(column_statistics, first, last).unbind(-1)
+                log_total, shift = log_total[..., None], shift[..., None]
+                if not cut.in_order:  # repeated queries have no gradient
+                    keep = cut.valid[first:last, None, :, None].expand(-1, -1, -1, column.num_queries).flatten(2)
+                    grad = grad.mul_(keep[..., None])
+                    shift = shift * keep[..., None]
+                tile_keys = call.key_tiles(column_key, first, last)
+                flat_query, flat_grad = (t.flatten(3, 4).flatten(0, 2) for t in (tiles, grad))
+                weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
+                weights.sub_(log_total).exp_()
+                flat_weights = weights.flatten(3, 4).flatten(0, 2)
+                by_row = (*d_value.shape[:2], -1, *d_value.shape[3:])
+                index = cut.key[first:last].flatten()
+                d_value.index_add_(2, index, torch.bmm(flat_weights.transpose(1, 2), flat_grad).view(by_row))
+                d_weights = torch.bmm(flat_grad, call.key_tiles(column_value, first, last).transpose(1, 2))
+                d_logits = d_weights.view_as(weights).sub_(shift).mul_(weights)
+                if grad_bias is not None:
+                    grad_bias.add(d_logits, unit, column, first, last)
+                flat = d_logits.flatten(3, 4).flatten(0, 2)
+                d_query = torch.bmm(flat, tile_keys).view_as(tiles)
+                by_row = (*d_key.shape[:2], -1, *d_key.shape[3:])
+                d_key.index_add_(2, index, torch.bmm(flat.transpose(1, 2), flat_query).view(by_row))
+                if far_key is not None and far_value is not None:
+                    assert grad_far_key is not None and grad_far_value is not None
+                    far_query, far_grad = _by_head(tiles), _by_head(grad)
+                    far = torch.bmm(far_query, far_key.transpose(1, 2)).sub_(_by_head(log_total)).exp_()
+                    d_far_value = torch.bmm(far.transpose(1, 2), far_grad)
+                    d_far = torch.bmm(far_grad, far_value.transpose(1, 2)).sub_(_by_head(shift)).mul_(far)
+                    d_query += torch.bmm(d_far, far_key).view_as(d_query)
+                    d_far_key = torch.bmm(d_far.transpose(1, 2), far_query)
+                    for goal, made in ((grad_far_key, d_far_key), (grad_far_value, d_far_value)):
+                        shape = (unit.batch.stop - unit.batch.start, -1, *made.shape[1:])
+                        goal[unit.batch, :, unit.heads] += made.view(shape).transpose(1, 2)
+                call.put(d_query.mul_(problem.scale), grad_query_rows, unit, column, waiting, last)
+            grad_keys[unit.batch, :, column.keys, unit.heads] += d_key.permute(0, 2, 3, 1, 4)
+            grad_values[unit.batch, :, column.keys, unit.heads] += d_value.permute(0, 2, 3, 1, 4)
+    if grad_bias is not None:
+        grad_bias.flush()
+    return (
+        grad_query,
+        _unpad(grad_keys, call).reshape(key.shape).to(key.dtype),
+        _unpad(grad_values, call).reshape(value.shape).to(value.dtype),
+        None if grad_bias is None or bias is None else grad_bias.total.to(bias.dtype),
+        None if grad_far_key is None or additional_keys is None else grad_far_key.to(additional_keys.dtype),
+        None if grad_far_value is None or additional_values is None else grad_far_value.to(additional_values.dtype),
+    )
+
+
+def _unpad(tensor: Tensor, call: _Call) -> Tensor:
+    """A key's gradient [B, rows, columns, ...] without the zero keys, [B, *grid, ...]."""
+    if not any(call.plan.padding):
+        return tensor
+    tensor = tensor.unflatten(1, call.plan.key_grid[:-1])
+    grid = call.problem.grid if call.problem.rank > 1 else (*call.problem.grid, 1)
+    for axis, size in enumerate(grid):
+        before = call.plan.padding[2 * (len(grid) - 1 - axis)]
+        tensor = tensor.narrow(1 + axis, before, size)
+    return tensor

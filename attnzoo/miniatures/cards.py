@@ -51,7 +51,7 @@ def render(name: str, rows: list[dict[str, Any]], report: dict[str, Any], seed: 
             "",
             card["description"].strip(),
             "",
-            f"{report['parameters']:,} parameters, {size / 1e6:.2f} MB in half precision (computed in float32). Apache-2.0.",
+            f"{report['parameters']:,} parameters, {size / 1e6:.2f} MB of float16 weights, run in float32. Apache-2.0.",
             "",
             "```python",
             card["use"].strip(),
@@ -61,16 +61,16 @@ def render(name: str, rows: list[dict[str, Any]], report: dict[str, Any], seed: 
             "",
             *table,
             "",
-            f"Measured from the half-precision files in this folder by `{_command(name)}`, on data that nothing was chosen "
-            f"on (test stream, seed {seed}). {card['method'].strip()}",
+            f"Measured from the half-precision files in this folder by `{_command(name)}`, on data that nothing was "
+            f"chosen on (test stream, seed {seed}). {card['method'].strip()}",
             "",
             "## Training",
             "",
             f"`attnzoo train miniature {name} --seed {report['seed']}`: {report['cpu_seconds']:.0f} CPU seconds"
             + (f" ({stages})" if stages else "")
             + f", {report['threads']} thread(s), {report['machine']}, torch {report['torch']}. Recipe: "
-            f"attnzoo/configs/recipes/{name}.toml; settings were chosen on validation data only. One training seed: the "
-            "intervals are over test data, not over trainings.",
+            f"attnzoo/configs/recipes/{name}.toml; settings were chosen on validation data only. One training seed: "
+            "the intervals are over test data, not over trainings.",
             "",
             "## Limits",
             "",

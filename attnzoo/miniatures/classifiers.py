@@ -63,11 +63,7 @@ def load(name: str, folder: Path | None = None) -> Any:
     import attnzoo.backbones  # noqa: F401
 
     check_choice("name", name, NAMES)
-    folder = training.WEIGHTS / name if folder is None else Path(folder)
-    if not (folder / "model.safetensors").is_file():
-        raise ReachError(
-            f"folder {str(folder)!r} holds no model.safetensors; `attnzoo train miniature {name}` makes one"
-        )
+    folder = training.trained_folder(name, folder)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 

@@ -126,7 +126,7 @@ def load(folder: Path | None = None) -> tuple[Any, Any]:
     """(model in float32 and eval mode, processor) from `folder`; the shipped ones if None."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    folder = training.WEIGHTS / "llava" if folder is None else Path(folder)
+    folder = training.trained_folder("llava", folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoProcessor.from_pretrained(folder)
 

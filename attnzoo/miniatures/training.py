@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from attnzoo.configs import read_toml
+from attnzoo.errors import ReachError
 
 #: Streams of random numbers that never meet: nothing is chosen on "test".
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -28,6 +29,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 def read_recipe(name: str) -> dict[str, Any]:
     """The recipe configs/recipes/`name`.toml as a dict."""
     return read_toml(f"recipes/{name}.toml")
+
+
+def trained_folder(name: str, folder: Path | None) -> Path:
+    """`folder`, or the shipped one of that name if None; ReachError where it holds no weights."""
+    place = WEIGHTS / name if folder is None else Path(folder)
+    if not (place / "model.safetensors").is_file():
+        raise ReachError(f"folder {str(place)!r} holds no model.safetensors; `attnzoo train miniature {name}` makes it")
+    return place
 
 
 def generator(split: str, seed: int, purpose: int = 0) -> np.random.Generator:

@@ -42,7 +42,7 @@ def load_published(system: str, entrypoint: str, state: dict[str, Tensor]) -> nn
     import attnzoo  # noqa: F401  registers the names
 
     num_classes = state["head.weight"].shape[0]
-    model = timm.create_model(entrypoint, num_classes=num_classes)
+    model = timm.create_model(entrypoint, num_classes=num_classes, device="meta").to_empty(device="cpu")
     family = importlib.import_module(type(model).__module__)
     cfg = {**model.pretrained_cfg, "state_dict": state, "num_classes": num_classes}
     timm.models.load_pretrained(model, cfg, num_classes=num_classes, filter_fn=family.checkpoint_filter_fn)

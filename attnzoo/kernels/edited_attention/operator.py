@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnzoo.kernels import dispatch, library
-from attnzoo.kernels.edited_attention import backward, reference, tiled
+from attnzoo.kernels.edited_attention import backward, reference
 from attnzoo.kernels.edited_attention.problem import Edits, Visibility, check_edits, check_inputs, check_visibility
 
 _TENSORS = (
@@ -57,7 +58,7 @@ class _Call(NamedTuple):
 
 def _forward(*arguments: object) -> tuple[Tensor, ...]:
     call = _Call(*arguments)  # type: ignore[arg-type]
-    module: ModuleType = {"reference": reference, "tiled": tiled}[call.backend]
+    module: ModuleType = importlib.import_module(f"attnzoo.kernels.edited_attention.{call.backend}")
     with torch.autocast(call.query.device.type, enabled=False):
         return module.grouped(call.query, call.key, call.value, call.visibility, call.edits)
 
@@ -83,7 +84,20 @@ _operator = library.register(
     "edited_attention", _TENSORS, _OPTIONS, ("group_output", "group_lse"), _forward, _fake, _backward
 )
 
-REASONS: dict[str, dispatch.Reasons] = {"tiled": lambda problem: [], "reference": lambda problem: []}
+
+def _triton_reasons(problem: Any) -> list[str]:
+    try:
+        triton = importlib.import_module("attnzoo.kernels.edited_attention.triton")
+    except ImportError as error:
+        return [f"triton can't be imported: {error}"]
+    return triton.reasons(problem)
+
+
+REASONS: dict[str, dispatch.Reasons] = {
+    "triton": _triton_reasons,
+    "tiled": lambda problem: [],
+    "reference": lambda problem: [],
+}
 
 
 def grouped(
@@ -122,7 +136,7 @@ def describe(
     value: Tensor,
     visibility: Visibility | None = None,
     scale: float | None = None,
-    **others,
+    **others: Any,
 ) -> tuple[tuple, torch.device]:
     """`edited_attention`'s arguments as the problem that REASONS judges, and the device; raises what it raises."""
     query, key, value = check_inputs(query, key, value)

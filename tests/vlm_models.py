@@ -139,6 +139,8 @@ def build(family: str, implementation: str = "sdpa", seed: int = 0, **text: Any)
     model = AutoModelForImageTextToText.from_config(config(family, **text), attn_implementation=implementation).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
+    if family == "gemma3":  # its projection starts at zero, which would make every image token the same
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.5)
     generator = torch.Generator().manual_seed(seed + 1)
     return model, [
         prompt(family, generator, [0], 7),

@@ -6,6 +6,7 @@ with attnzoo.vlm.edit(model, "var"):
 
 from __future__ import annotations
 
+from attnzoo.vlm.ask import ask
 from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Regroup
 from attnzoo.vlm.image_tokens import FAMILIES, image_positions
 from attnzoo.vlm.session import METHODS, Session, edit
@@ -19,6 +20,7 @@ __all__ = [
     "LogitMap",
     "Regroup",
     "Session",
+    "ask",
     "edit",
     "image_positions",
 ]

@@ -20,7 +20,10 @@ Rule = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RowEdits:
-    """What changes in a run of rows: boost and key_bias [B or 1, H or 1, K]; groups uint8 [B, K] with rule masses -> factors."""
+    """What changes in a run of rows.
+
+    boost, key_bias: [B or 1, H or 1, K]. groups: uint8 [B, K], with rule: masses [B, R, H, G] -> factors.
+    """
 
     boost: Tensor | None = None
     key_bias: Tensor | None = None

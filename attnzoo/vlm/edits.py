@@ -59,11 +59,11 @@ class KeyBias(_LogitEdit):
 
 @dataclass(frozen=True)
 class Regroup(_Edit):
-    """Keys fall into groups; each row multiplies a group's probabilities by a factor that depends on the groups' masses.
+    """Keys fall into groups; a row multiplies each group's probabilities by a factor that depends on the masses.
 
-    assign: (hidden_states [B, N, C], image [B, N], real [B, N], memory dict) -> uint8 [B, N]: the groups of the prompt's
-        keys, from the residual stream that enters the layer. Called once per chunk of a prompt with one memory for
-        the layer and the call. Generated tokens are in group 0.
+    assign: (hidden_states [B, N, C], image [B, N], real [B, N], memory dict) -> uint8 [B, N], the groups of the
+        prompt's keys, from the residual stream that enters the layer. Called once per chunk of a prompt, with one
+        memory for the layer and the call. Generated tokens are in group 0.
     rule: (masses [B, R, H, G], sizes [B, G]) -> factors [B, R, H, G].
     """
 
@@ -95,7 +95,10 @@ Plan = dict[int, tuple[Edit, ...]]
 
 
 def make_plan(edits: tuple[Edit, ...], num_layers: int, num_heads: int) -> Plan:
-    """layer -> its edits. Raises ValueError for a layer or head that does not exist, UnsupportedError for two Regroups."""
+    """layer -> its edits.
+
+    Raises ValueError for a layer or head that does not exist, UnsupportedError for two Regroups on one layer.
+    """
     plan: dict[int, list[Edit]] = {}
     for edit in edits:
         for layer in edit.layers:

@@ -7,7 +7,7 @@ Families differ in the config's names for it, in how many spans an image takes a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,8 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     ids = tuple(dict.fromkeys(i for i in found if isinstance(i, int)))
     if not ids:
         raise UnsupportedError(
-            f"the config of model_type {config.model_type!r} names no image token (looked for {', '.join(family.ids)}): "
-            "is this a vision-language model?"
+            f"the config of model_type {config.model_type!r} names no image token "
+            f"(looked for {', '.join(family.ids)}): is this a vision-language model?"
         )
     return ids
 
@@ -84,7 +84,7 @@ def image_positions(model: nn.Module, input_ids: Tensor | None, inputs_embeds: T
         return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
     check_tensor("inputs_embeds", inputs_embeds, 3)
     assert inputs_embeds is not None
-    embedding: Any = model.get_input_embeddings()
+    embedding = cast(Any, model).get_input_embeddings()
     here = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
     for token in ids:
         if token < embedding.weight.shape[0]:

@@ -94,7 +94,7 @@ def text_config_key(config: Any) -> str:
     )
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: Any) -> list[nn.Module]:
     """The text tower's decoder layers, in order. Raises UnsupportedError where they don't look as transformers' do."""
     text = model.config.get_text_config()
     for module in model.modules():

@@ -37,7 +37,7 @@ def edited_layer(
     scale: float | None = None,
     implementation: str = "sdpa",
 ) -> tuple[Tensor, Tensor | None]:
-    """A prompt's causal attention in one layer, with `edits` (as `attnzoo.vlm.pai.pai` and `attnzoo.vlm.var.var` make them).
+    """A prompt's causal attention in one layer, with `edits` as attnzoo.vlm.pai.pai and attnzoo.vlm.var.var make them.
 
     query [B, H, N, D], key and value [B, Hkv, N, D] after rotation; image [B, N] bool; hidden_states [B, N, C], the
     residual stream that enters the layer, for edits that ask for it. scale: None means D ** -0.5.

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class _Record:
         self.states: weakref.WeakKeyDictionary[Cache, CallState] = weakref.WeakKeyDictionary()
         self.parameters = list(inspect.signature(model.forward).parameters)
         layers = interception.decoder_layers(model)
-        self.attentions = [layer.self_attn for layer in layers]
+        self.attentions: list[Any] = [layer.self_attn for layer in layers]
         self.handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after, with_kwargs=True),
@@ -57,8 +57,14 @@ class _Record:
         for index, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(_residual_hook(index), with_kwargs=True))
         interception.mark(self.attentions)
+        self.generation = getattr(model, "generation_config", None)
+        self.compiling = getattr(self.generation, "disable_compile", None)
+        if self.generation is not None and self.compiling is None:
+            self.generation.disable_compile = True  # transformers compiles static caches' decoding; edits are Python
 
     def close(self) -> None:
+        if self.generation is not None and self.compiling is None:
+            self.generation.disable_compile = None
         interception.unmark(self.attentions)
         for handle in self.handles:
             handle.remove()
@@ -74,7 +80,7 @@ class _Record:
             return own
         if len({s.owner for s in still}) > 1:
             raise UnsupportedError(
-                f"{len(still)} sessions are open on this model in several threads, and this call belongs to none of them: "
+                f"{len(still)} sessions are open on this model in several threads, and this call belongs to none: "
                 "call session.generate(...) of the one that is meant"
             )
         return still
@@ -125,66 +131,63 @@ class _Record:
             stop = declared if declared is not None else state.prompt
             if declared is None and length > 1 and keep != length:
                 raise UnsupportedError(
-                    f"{length} new tokens behind {past} cached ones: part of the prompt (a further turn, prefill in chunks) "
-                    "or of the answer? Call session.generate(...) or session.forward(..., prompt_length=...), which know"
+                    f"{length} new tokens behind {past} cached ones: part of the prompt (a further turn, prefill in "
+                    "chunks) or of the answer? Call session.generate(...) or session.forward(..., prompt_length=...)"
                 )
         prompt_stop = min(past + length, stop)
         if prompt_stop > past:
-            self._read_prompt(model, state, given, call, past, length, prompt_stop, last=prompt_stop == stop)
+            self._read_prompt(model, state, given, call, past, prompt_stop, last=prompt_stop == stop)
         return Step(state, past, length, stop - 1, max(prompt_stop, past))
 
-    def _known(self, cache: Cache, sessions: tuple[Session, ...]) -> CallState:
+    def _known(self, cache: Any, sessions: tuple[Session, ...]) -> CallState:
         state = self.states.get(cache)
         if state is None or state.sessions != sessions:
             raise UnsupportedError(
-                "past_key_values was filled outside of this session (before it opened, under other edits, or it is a copy), "
-                "so where its image tokens are is not known: run the prompt within the session"
+                "past_key_values was filled outside of this session (before it opened, under other edits, or it is a "
+                "copy), so where its image tokens are is not known: run the prompt within the session"
             )
         return state
 
     @staticmethod
     def _read_prompt(
-        model: Any,
-        state: CallState,
-        given: dict[str, Any],
-        call: _Call | None,
-        past: int,
-        length: int,
-        stop: int,
-        last: bool,
+        model: Any, state: CallState, given: dict[str, Any], call: _Call | None, past: int, stop: int, last: bool
     ) -> None:
         """Note image tokens and padding of prompt positions past .. stop - 1, the first columns of this forward."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        source: Any = ids if ids is not None else embeds
+        rows, length = source.shape[:2]
         count = stop - past
+        whole = None
         if call is not None and call.image_mask is not None:
-            image = call.image_mask[:, past:stop].to((ids if ids is not None else embeds).device)
-            rows = (ids if ids is not None else embeds).shape[0]
-            image = image.repeat_interleave(max(1, rows // len(image)), 0)
+            whole = call.image_mask.to(source.device)
+            whole = whole.repeat_interleave(max(1, rows // len(whole)), 0)
+            image = whole[:, past:stop]
             if image.shape != (rows, count):
                 raise ValueError(f"image_mask must be [{rows}, prompt length] here, got {tuple(call.image_mask.shape)}")
         else:
             image = image_positions(model, ids, None if ids is not None else embeds)[:, :count]
-        if past and state.image is not None and len(state.image) != len(image):
-            raise UnsupportedError(f"the prompt began with {len(state.image)} sequences and goes on with {len(image)}")
+        if past and state.image is not None and len(state.image) != rows:
+            raise UnsupportedError(f"the prompt began with {len(state.image)} sequences and goes on with {rows}")
         real = real_tokens(given.get("attention_mask"), past, length, image.device)
         real = torch.ones_like(image) if real is None else real[:, :count].expand(image.shape)
         if last and not bool(real[:, -1].all()):
             raise UnsupportedError(
-                "a sequence ends in padding: pad on the left (processor.tokenizer.padding_side = 'left')"
+                "a prompt ends in padding: pad on the left (processor.tokenizer.padding_side = 'left'), and where a "
+                "prompt comes in chunks call session.generate(...), which knows its end"
             )
-        if not bool(image.any()) and any(given.get(name) is not None for name in _PIXELS):
+        if not bool((image if whole is None else whole).any()) and any(given.get(name) is not None for name in _PIXELS):
             raise SeamError(
-                f"pixel values were given, but no image token {image_token_ids(model.config)} stands in the prompt; with "
-                "inputs_embeds that hold image features already, pass image_mask to session.generate"
+                f"pixel values were given, but no image token {image_token_ids(model.config)} stands in the prompt; "
+                "with inputs_embeds that hold image features already, pass image_mask to session.generate"
             )
-        state.extend(past, image, real)
+        state.extend(past, image, real, whole)
 
 
 def real_tokens(mask: Any, past: int, length: int, device: torch.device) -> Tensor | None:
     """bool [B or 1, length]: which of the forward's tokens are no padding; None: all.
 
-    mask: what a model's forward gets: [B, past + length], or prepared masks [B, 1, length, K], one or a dict of them, in
-    which a padding token does not see itself.
+    mask: what a model's forward gets: [B, past + length], or prepared masks [B, 1, length, K], one or a dict of them,
+    in which a padding token does not see itself.
     """
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
@@ -230,8 +233,8 @@ class Session:
 
     Within the block every `model.generate(...)` and `model(...)` of the opening thread is edited, and so is one in a
     thread that opened no session of its own (a streamer's, say) as long as only one thread has sessions on this model.
-    `session.generate(...)` means this session from any thread. Sessions nest, in any order of exit; the last one puts back
-    the text tower's attention implementation and takes all hooks away.
+    `session.generate(...)` means this session from any thread. Sessions nest, in any order of exit; the last one puts
+    back the text tower's attention implementation and takes all hooks away.
     """
 
     def __init__(self, model: PreTrainedModel, edits: tuple[Edit, ...]):
@@ -287,8 +290,8 @@ class Session:
     def generate(self, *args: Any, image_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """`model.generate` under this session, from any thread.
 
-        It knows where the prompt ends, so further turns on one cache, prefill in chunks and use_cache=False are edited as
-        the plain case is. image_mask: bool [B, prompt length], for `inputs_embeds` that hold image features already.
+        It knows where the prompt ends, so further turns on one cache, prefill in chunks and use_cache=False are edited
+        as the plain case is. image_mask: bool [B, prompt length], for `inputs_embeds` that hold image features already.
         Raises RuntimeError where the session is not open.
         """
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -296,8 +299,10 @@ class Session:
             inputs = kwargs.get("inputs_embeds")
         mask = kwargs.get("attention_mask")
         known = mask if isinstance(mask, Tensor) and mask.ndim == 2 else inputs
-        kwargs.setdefault("disable_compile", True)
-        return self._run(self.model.generate, None if known is None else known.shape[1], image_mask, args, kwargs)
+        length = None if known is None else known.shape[1]
+        if image_mask is None and isinstance(inputs, Tensor) and inputs.ndim == 2 and inputs.shape[1] == length:
+            image_mask = image_positions(self.model, inputs, None)
+        return self._run(cast(Any, self.model).generate, length, image_mask, args, kwargs)
 
     def forward(
         self, *args: Any, prompt_length: int | None = None, image_mask: Tensor | None = None, **kwargs: Any
@@ -334,7 +339,7 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
     methods: "var", "pai", (name, {its arguments}), an Edit of attnzoo.vlm.edits, or an iterable of these.
     kwargs: arguments of the method, where there is one, by name (see attnzoo.vlm.var.var, attnzoo.vlm.pai.pai).
 
-    Raises TypeError or ValueError for a wrong model, method or argument and UnsupportedError for a model or an attention
+    Raises TypeError or ValueError for a wrong model, method or argument, and UnsupportedError for a model or attention
     implementation that can't be edited; nothing has been changed then.
     """
     if not isinstance(model, PreTrainedModel):

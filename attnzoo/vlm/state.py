@@ -34,14 +34,18 @@ class CallState:
     sizes: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, G]
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def extend(self, past: int, image: Tensor, real: Tensor) -> None:
-        """Prompt positions past .. past + n - 1 are these, [B, n]; whatever was known behind `past` is forgotten."""
+    def extend(self, past: int, image: Tensor, real: Tensor, whole: Tensor | None = None) -> None:
+        """Prompt positions past .. past + n - 1 are these, [B, n]; whatever was known behind `past` is forgotten.
+
+        whole: the image tokens of the whole prompt, where chunks of it are still to come.
+        """
         if past:
             image = torch.cat([self.before(self.image, past, False), image], 1)
             real = torch.cat([self.before(self.real, past, True), real], 1)
         self.image, self.real, self.prompt = image, real, image.shape[1]
-        place = torch.arange(1, self.prompt + 1, device=image.device)
-        self.image_end = (image * place).amax(1).tolist()
+        known = image if whole is None else whole
+        place = torch.arange(1, known.shape[1] + 1, device=known.device)
+        self.image_end = (known * place).amax(1).tolist()
 
     @staticmethod
     def before(known: Tensor | None, past: int, fill: bool | int) -> Tensor:

@@ -1,8 +1,8 @@
 """VAR, "See What You Are Told" (ICLR 2025, arXiv 2503.03321; code seilk/VisAttnSink): attention sinks feed the image.
 
-A few tokens, visual ones among them, draw attention without being looked at. They show in the residual stream: phi of a
-token is its largest |rmsnorm(h)| over a few dimensions that every checkpoint has for itself; a token with phi > tau is a
-sink. Heads that do look at the image give 1 - p of what their row spends on sinks to the image's other tokens.
+A few tokens, visual ones among them, draw attention without being looked at. They show in the residual stream: phi of
+a token is its largest |rmsnorm(h)| over a few dimensions that every checkpoint has for itself; a token with phi > tau
+is a sink. Heads that do look at the image give 1 - p of what their row spends on sinks to the image's other tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EPS = 1e-6
 
 
 def sink_scores(hidden_states: Tensor, dim_sink: Tensor) -> Tensor:
-    """phi [B, N]: the largest |rmsnorm(h)| over dim_sink, int64 [D] or per sequence [B, D]; h: [B, N, C] (no weight)."""
+    """phi [B, N]: the largest |rmsnorm(h)| over dim_sink, int64 [D] or per sequence [B, D]; h [B, N, C], no weight."""
     h = hidden_states if hidden_states.dtype == torch.float64 else hidden_states.float()
     scale = torch.rsqrt(h.square().mean(-1) + _EPS)
     dims = dim_sink.to(h.device)
@@ -36,8 +36,10 @@ def sink_scores(hidden_states: Tensor, dim_sink: Tensor) -> Tensor:
 
 
 def var_sinks(hidden_states: Tensor, dim_sink: Tensor | list[int] | tuple[int, ...], tau: float = 20.0) -> Tensor:
-    """bool [B, N]: which tokens are attention sinks (paper, section 3.2), from the residual stream [B, N, C] that enters
-    a layer. Raises ValueError for a dimension that does not exist."""
+    """bool [B, N]: which tokens are attention sinks (paper, section 3.2).
+
+    hidden_states [B, N, C]: the residual stream that enters a layer. Raises ValueError for a dimension that it has not.
+    """
     check_tensor("hidden_states", hidden_states, 3)
     dims = torch.as_tensor(dim_sink, dtype=torch.int64)
     if dims.numel() == 0:
@@ -48,8 +50,10 @@ def var_sinks(hidden_states: Tensor, dim_sink: Tensor | list[int] | tuple[int, .
 
 
 def detect_dim_sink(hidden_states: Tensor, real: Tensor | None = None, count: int = DETECTED_DIMS) -> Tensor:
-    """int64 [B, count]: the dimensions with the largest |h| at each sequence's first real token (its BOS), which is a sink
-    in every decoder looked at so far. hidden_states [B, N, C]; real [B, N] bool, False at padding."""
+    """int64 [B, count]: the dimensions with the largest |h| at each sequence's first real token (BOS, a sink).
+
+    hidden_states [B, N, C]; real [B, N] bool, False at padding.
+    """
     check_tensor("hidden_states", hidden_states, 3)
     first = torch.zeros(len(hidden_states), dtype=torch.int64, device=hidden_states.device)
     if real is not None:
@@ -74,7 +78,7 @@ class VarRule:
     eps: float = 0.0
 
     def selected(self, masses: Tensor, sizes: Tensor) -> Tensor:
-        """bool [B, R, H]: heads that look at the image with little of it spent on sinks. masses [B, R, H, 4], sizes [B, 4]."""
+        """bool [B, R, H]: heads that look at the image, little of it at sinks. masses [B, R, H, 4], sizes [B, 4]."""
         sink, visual = masses[..., VISUAL_SINK], masses[..., VISUAL] + masses[..., VISUAL_SINK]
         visual_keys = (sizes[:, VISUAL] + sizes[:, VISUAL_SINK])[:, None, None]
         portion = sink / (visual + self.eps * visual_keys).clamp_min(torch.finfo(masses.dtype).tiny)
@@ -82,7 +86,7 @@ class VarRule:
         return gives & (sizes[:, VISUAL_SINK] > 0)[:, None, None]
 
     def __call__(self, masses: Tensor, sizes: Tensor) -> Tensor:
-        """Factors [B, R, H, 4]: p for sinks, what they lose in proportion for visual tokens; ones where not selected."""
+        """Factors [B, R, H, 4]: p for sinks, what they lose in proportion for visual tokens; 1 where not selected."""
         budget = (1 - self.p) * (masses[..., VISUAL_SINK] + masses[..., TEXT_SINK])
         up = 1 + budget / masses[..., VISUAL].clamp_min(torch.finfo(masses.dtype).tiny)
         sink = torch.full_like(up, self.p)
@@ -125,13 +129,21 @@ class VarGroups:
         if self.dim_sink is not None:
             dims = torch.tensor(self.dim_sink, device=hidden_states.device)
         else:
-            if "dim_sink" not in memory:
-                memory["dim_sink"] = detect_dim_sink(hidden_states, real)
-            dims = memory["dim_sink"]
+            dims = self._detected(hidden_states, real, memory)
         sinks = sink_scores(hidden_states, dims) > self.tau
         if self.mix_batch:
             sinks = sinks.any(0, keepdim=True).expand_as(sinks)
         return var_groups(sinks & real, image)
+
+    @staticmethod
+    def _detected(hidden_states: Tensor, real: Tensor, memory: dict[str, Any]) -> Tensor:
+        """Dimensions [B, D] of each sequence's first real token, which may come in a later chunk than the padding."""
+        here, begun = detect_dim_sink(hidden_states, real), real.any(1)
+        if "dim_sink" in memory:
+            here = torch.where(memory["begun"][:, None], memory["dim_sink"], here)
+            begun = begun | memory["begun"]
+        memory["dim_sink"], memory["begun"] = here, begun
+        return here
 
 
 def known_dim_sink(text_config: Any) -> tuple[int, ...] | None:
@@ -164,8 +176,8 @@ def var(
     rho: a head's row gives where at most this share of its image attention lies on visual sinks. This is the CODE's
         meaning; the paper's rho is the complement (1 - rho), so its 0.8 is 0.2 here.
     summ: ... and where at least this share of all its attention lies on the image.
-    tau: a token is a sink where phi > tau. None: the authors' 20, and 20 sqrt(width / 4096) for text towers narrower than
-        4096, as phi can't pass sqrt(width) (20 at 4096 means that one dimension holds a tenth of the energy).
+    tau: a token is a sink where phi > tau. None: the authors' 20, and 20 sqrt(width / 4096) for text towers narrower
+        than 4096, as phi can't pass sqrt(width) (20 at 4096 means that one dimension holds a tenth of the energy).
     dim_sink: dimensions that phi looks at. None: the authors' for LLaMA-2 7B (2533, 1415) and 13B (2100, 4743) text
         towers, otherwise found in each prompt and layer: the two largest of the first real token (its BOS).
     layers: an iterable of layer indices; None means 2 .. last but one.

@@ -24,10 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.kernels.aot import Case
 from attnzoo.kernels.dispatch import interpreting
+from attnzoo.kernels.launch import launch, vendor
+from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+MIN_HEAD_DIM, MAX_HEAD_DIM = 1, 256  # below 16 a dot is padded to its smallest width
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -387,17 +390,17 @@ def bucket(head_dim: int, head_dim_v: int) -> int:
 
 
 @functools.cache
-def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, vendor: str) -> Config:
+def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, maker: str) -> Config:
     """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
 
-    vendor is "cuda", "hip" or "interpreter": an entry may carry other numbers for "hip" beside its own, and the
+    maker is "cuda", "hip" or "interpreter": an entry may carry other numbers for "hip" beside its own, and the
     interpreter, whose cost is per step and not per element, has tiles of its own.
     """
-    if vendor == "interpreter":
+    if maker == "interpreter":
         entry = _table()["interpreter"]
     else:
         entry = _table()["kernels"][kernel][str(itemsize)][str(bucket(head_dim, head_dim_v))]
-        entry = {**entry, **(entry.get("hip", {}) if vendor == "hip" else {})}
+        entry = {**entry, **(entry.get("hip", {}) if maker == "hip" else {})}
     shapes = _table()["tiles"][str(rank)]
 
     def tile(tokens: int) -> tuple[int, int, int]:
@@ -409,26 +412,23 @@ def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int
 
 def config_for(kernel: str, problem: Problem) -> Config:
     """The configuration of one kernel for a problem, on the GPUs that this torch was built for."""
-    vendor = "interpreter" if interpreting() else "hip" if torch.version.hip else "cuda"
-    return config(kernel, problem.rank, problem.head_dim, problem.head_dim_v, problem.dtype.itemsize, vendor)
+    return config(kernel, problem.rank, problem.head_dim, problem.head_dim_v, problem.dtype.itemsize, vendor())
 
 
 def precision() -> str:
     """float32 products are exact (IEEE) unless torch itself was told to use TF32 for its matrix products."""
-    asked = torch.backends.cuda.matmul.fp32_precision
+    if vendor() == "hip":  # Triton has no TF32 there
+        return "ieee"
+    switches: Any = torch.backends
+    asked = switches.cuda.matmul.fp32_precision
     if asked == "none":  # not set by itself: it follows the general switch
-        asked = torch.backends.fp32_precision
+        asked = switches.fp32_precision
     return "tf32" if asked == "tf32" else "ieee"
 
 
 def three(values: tuple, filler: Any) -> tuple:
     """A tuple of one entry per axis as three axes, `filler` for the leading ones that the grid lacks."""
     return (*(filler,) * (3 - len(values)), *values)
-
-
-def last_dim_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension has stride 1, else a copy: rows are read as contiguous runs."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def grid_strides(prefix: str, tensor: Tensor) -> dict[str, int]:
@@ -529,8 +529,9 @@ def prepare(
 ) -> Inputs:
     """Copies what can't be read as it is: rows that are not contiguous, and a bias that is not."""
     extra = (additional_keys, additional_values) if problem.num_additional else (None, None)
-    rows = [None if t is None else last_dim_contiguous(t) for t in (query, key, value, *extra)]
-    return Inputs(*rows[:3], None if bias is None else bias.contiguous(), *rows[3:])  # type: ignore[arg-type]
+    extra_key, extra_value = (None if t is None else last_dim_contiguous(t) for t in extra)
+    query, key, value = (last_dim_contiguous(t) for t in (query, key, value))
+    return Inputs(query, key, value, None if bias is None else bias.contiguous(), extra_key, extra_value)
 
 
 def common_arguments(inputs: Inputs, problem: Problem, cfg: Config, *others: Tensor | None) -> dict[str, Any]:
@@ -603,7 +604,7 @@ def forward(
     cfg = config_for("forward", problem)
     programs = problem.batch * problem.num_heads * count_tiles(problem, cfg.queries)
     with on_device(query):
-        na_forward[(programs,)](out=out, lse=lse, **common_arguments(inputs, problem, cfg, out))
+        launch(na_forward, (programs,), out=out, lse=lse, **common_arguments(inputs, problem, cfg, out))
     return out, lse
 
 
@@ -626,3 +627,67 @@ def backward(
 
     tensors = (query, key, value, bias, additional_keys, additional_values)
     return triton_backward.backward(grad_out, grad_lse, *tensors, out, lse, problem, needs)
+
+
+# ------------------------------------------------------------------------------------------- compiled ahead of time
+
+
+def _call_on_meta(
+    dtype: torch.dtype, grid: tuple[int, ...], kernel_size: tuple[int, ...], head_dim: int, bias: str, extra: int
+) -> None:
+    """Forward and backward of one call on tensors without memory: its launches are what `aot` compiles."""
+    heads = 4
+    query = torch.empty(2, *grid, heads, head_dim, dtype=dtype, device="meta")
+    table = torch.empty(heads, *(2 * k - 1 for k in kernel_size), device="meta") if bias == "offset" else None
+    if bias == "query":
+        table = torch.empty(2, *grid, heads, math.prod(kernel_size), device="meta")
+    more = torch.empty(2, extra, heads, head_dim, dtype=dtype, device="meta") if extra else None
+    ones, no = (1,) * len(grid), (False,) * len(grid)
+    problem = Problem(
+        2,
+        grid,
+        heads,
+        heads,
+        head_dim,
+        head_dim,
+        kernel_size,
+        ones,
+        ones,
+        no,
+        head_dim**-0.5,
+        "shift",
+        bias,
+        extra,
+        dtype,
+    )
+    out, lse = forward(query, query, query, table, more, more, problem)
+    backward(out, lse, query, query, query, table, more, more, out, lse, problem)
+
+
+_SPILLS = dict.fromkeys(("na_grad_query", "na_grad_key_value", "na_grad_offset_bias", "na_grad_extra"), 64)
+_GRIDS = {1: ((2048,), (255,)), 2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
+AOT = [
+    Case(
+        f"{str(dtype)[6:]} d{head_dim} {rank}-D" + (f" {bias} bias" if bias != "none" else "") + " extra" * bool(extra),
+        functools.partial(_call_on_meta, dtype, *_GRIDS[rank], head_dim, bias, extra),
+        quick=(head_dim, bias, dtype) == (32, "offset", torch.float16),
+        spills=_SPILLS,
+    )
+    for dtype, head_dim, rank, bias, extra in (
+        (torch.float16, 32, 2, "offset", 16),
+        (torch.float16, 64, 2, "none", 0),
+        (torch.float16, 128, 2, "none", 0),
+        (torch.float16, 256, 2, "none", 0),
+        (torch.float16, 80, 2, "none", 0),
+        (torch.float16, 64, 1, "none", 0),
+        (torch.float16, 128, 3, "none", 0),
+        (torch.float16, 64, 2, "offset", 16),
+        (torch.float16, 128, 2, "offset", 16),
+        (torch.float16, 64, 2, "query", 0),
+        (torch.bfloat16, 64, 3, "none", 0),
+        (torch.float32, 32, 2, "offset", 16),
+        (torch.float32, 64, 2, "offset", 16),
+        (torch.float32, 128, 2, "offset", 16),
+        (torch.float32, 256, 2, "none", 0),
+    )
+]

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.kernels.launch import launch
+from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
 from attnzoo.kernels.neighborhood_attention.triton import (
     GEOMETRY,
@@ -35,7 +37,6 @@ from attnzoo.kernels.neighborhood_attention.triton import (
     config_for,
     count_tiles,
     grid_strides,
-    last_dim_contiguous,
     load_rows,
     member,
     nth_tile,
@@ -479,7 +480,9 @@ def _grad_offset_bias(
     for first in range(0, problem.num_heads, slice_heads):
         heads = min(slice_heads, problem.num_heads - first)
         partial = torch.empty((chunks, heads, *counts, *cfg.queries, *cfg.keys), dtype=torch.float32, device=device)
-        na_grad_offset_bias[(chunks * heads * moves,)](
+        launch(
+            na_grad_offset_bias,
+            (chunks * heads * moves,),
             lse=lse,
             grad_out=grad_out,
             delta=delta,
@@ -506,7 +509,9 @@ def _grad_extra(
     shape = (chunks, problem.batch, problem.num_additional, problem.num_heads_kv)
     grad_key = torch.empty((*shape, problem.head_dim), dtype=torch.float32, device=grad_out.device)
     grad_value = torch.empty((*shape, problem.head_dim_v), dtype=torch.float32, device=grad_out.device)
-    na_grad_extra[(programs * chunks,)](
+    launch(
+        na_grad_extra,
+        (programs * chunks,),
         lse=lse,
         grad_out=grad_out,
         delta=delta,
@@ -554,7 +559,9 @@ def backward(
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     with on_device(query):
         cfg = config_for("grad_query", problem)
-        na_grad_query[(problem.batch * problem.num_heads * count_tiles(problem, cfg.queries),)](
+        launch(
+            na_grad_query,
+            (problem.batch * problem.num_heads * count_tiles(problem, cfg.queries),),
             out=out,
             lse=lse,
             grad_out=grad_out,
@@ -572,7 +579,9 @@ def backward(
             grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
             grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
             cfg = config_for("grad_key_value", problem)
-            na_grad_key_value[(problem.batch * problem.num_heads_kv * count_tiles(problem, cfg.keys),)](
+            launch(
+                na_grad_key_value,
+                (problem.batch * problem.num_heads_kv * count_tiles(problem, cfg.keys),),
                 lse=lse,
                 grad_out=grad_out,
                 delta=delta,
@@ -591,7 +600,7 @@ def backward(
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
 
     found = (grad_query, grad_key, grad_value, grad_bias, grad_extra_key, grad_extra_value)
-    results = []
+    results: list[Tensor | None] = []
     for gradient, tensor, needed in zip(found, given, needs, strict=True):
         if tensor is None or not needed:
             results.append(None)

@@ -20,7 +20,8 @@ from torch import Tensor
 from attnzoo.kernels.neighborhood_attention.problem import Problem
 from attnzoo.kernels.neighborhood_attention.tiling import Column, Plan, plan
 
-_LOGITS = 1 << 19
+_LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
+_LOGITS = 1 << 18
 _COLUMN = 1 << 23
 _BIAS_SUMS = 1 << 24
 
@@ -47,6 +48,18 @@ class _Call:
         self.plan: Plan = plan(problem, tile)
         self.group = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
+        self._scratch: dict[str, Tensor] = {}
+
+    def scratch(self, name: str, *shape: int) -> Tensor:
+        """A buffer of this call, the same memory at every request of one name: fresh pages cost as much as the sums."""
+        size = math.prod(shape)
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            self._scratch[name] = torch.empty(size, dtype=self.dtype)
+        return self._scratch[name][:size].view(shape)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """The batched matrix product in a scratch buffer."""
+        return torch.bmm(left, right, out=self.scratch(name, *left.shape[:2], right.shape[2]))
 
     def rows(self, tensor: Tensor) -> Tensor:
         """[B, *grid, heads, ...] as [B, rows, columns, heads, ...]."""
@@ -86,63 +99,64 @@ class _Call:
         """The query heads of a unit."""
         return slice(unit.heads.start * self.group, unit.heads.stop * self.group)
 
-    def heads_first(self, tensor: Tensor, unit: _Unit, columns: slice, heads: slice, scale: float = 1.0) -> Tensor:
+    def heads_first(
+        self, name: str, tensor: Tensor, unit: _Unit, columns: slice, heads: slice, scale: float = 1.0
+    ) -> Tensor:
         """A column of [B, rows, columns, heads, dim] as a contiguous [b, heads, rows, columns, dim], times scale."""
         part = tensor[unit.batch, :, columns, heads].permute(0, 3, 1, 2, 4)
-        copy = torch.empty(part.shape, dtype=self.dtype)
+        copy = self.scratch(name, *part.shape)
         if scale != 1.0 and part.dtype == self.dtype:
             return torch.mul(part, scale, out=copy)
         copy.copy_(part)
         return copy if scale == 1.0 else copy.mul_(scale)
 
-    def query_tiles(self, rows: Tensor, first: int, last: int) -> Tensor:
+    def query_tiles(self, name: str, rows: Tensor, first: int, last: int) -> Tensor:
         """[b, heads, rows, columns, dim] as [b, heads_kv, tiles, group, queries, dim], contiguous."""
-        cut = self.plan
+        cut, (batch, heads, _, columns, dim) = self.plan, rows.shape
+        per_tile = cut.query.shape[1]
         if cut.in_order:
-            taken = rows.narrow(2, first * cut.query.shape[1], (last - first) * cut.query.shape[1])
+            taken = rows.narrow(2, first * per_tile, (last - first) * per_tile)
         else:
-            taken = rows.index_select(2, cut.query[first:last].flatten())
-        tiles = taken.reshape(
-            rows.shape[0], -1, self.group, last - first, cut.query.shape[1] * rows.shape[3], rows.shape[4]
-        )
+            taken = self.scratch(name, batch, heads, (last - first) * per_tile, columns, dim)
+            torch.index_select(rows, 2, cut.query[first:last].flatten(), out=taken)
+        tiles = taken.reshape(batch, -1, self.group, last - first, per_tile * columns, dim)
         return tiles.transpose(2, 3).contiguous()
 
-    def key_tiles(self, rows: Tensor, first: int, last: int) -> Tensor:
+    def key_tiles(self, name: str, rows: Tensor, first: int, last: int) -> Tensor:
         """[b, heads_kv, rows, columns, dim] as [b * heads_kv * tiles, keys, dim], contiguous."""
-        taken = rows.index_select(2, self.plan.key[first:last].flatten())
+        index = self.plan.key[first:last].flatten()
+        taken = self.scratch(name, *rows.shape[:2], len(index), *rows.shape[3:])
+        torch.index_select(rows, 2, index, out=taken)
         return taken.view(-1, self.plan.key.shape[1] * rows.shape[3], rows.shape[4])
 
-    def put(self, tiles: Tensor, whole: Tensor, unit: _Unit, column: Column, parts: list[Tensor], last: int) -> None:
+    def put(self, name: str, tiles: Tensor, whole: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
         """Write tiles [b, heads_kv, tiles, group, queries, dim] into `whole` [B, rows, columns, heads, dim].
 
-        Chunks come in order; where rows are not in order, they wait in `parts` for the last one.
+        Where row tiles are not in order, the unit's chunks wait in a buffer for the last one.
         """
         cut = self.plan
         per_tile = cut.query.shape[1]
         tiles = tiles.unflatten(4, (per_tile, column.num_queries)).permute(0, 2, 4, 5, 1, 3, 6)
-        goal = whole[unit.batch, :, column.queries, self.all_heads(unit)]
-        goal = goal.unflatten(3, (-1, self.group))
+        goal = whole[unit.batch, :, column.queries, self.all_heads(unit)].unflatten(3, (-1, self.group))
         if cut.in_order:
-            end = last * per_tile
-            start = end - tiles.shape[1] * per_tile
-            goal[:, start:end].unflatten(1, (-1, per_tile)).copy_(tiles)
+            goal[:, first * per_tile : last * per_tile].unflatten(1, (-1, per_tile)).copy_(tiles)
             return
-        parts.append(tiles.flatten(1, 2))
+        waiting = self.scratch(name, goal.shape[0], cut.query.numel(), *goal.shape[2:])
+        waiting[:, first * per_tile : last * per_tile].unflatten(1, (-1, per_tile)).copy_(tiles)
         if last == len(cut.query):
-            goal.copy_((parts[0] if len(parts) == 1 else torch.cat(parts, 1)).index_select(1, cut.inverse))
-            parts.clear()
+            goal.copy_(waiting.index_select(1, cut.inverse))
 
 
 def _bias_tiles(call: _Call, bias: Tensor, unit: _Unit, column: Column, first: int, last: int) -> Tensor:
-    """The bias of a chunk, [b or 1, heads_kv, tiles, group, queries, keys]."""
+    """The bias of a chunk over log 2, [b or 1, heads_kv, tiles, group, queries, keys]."""
     cut, heads = call.plan, call.all_heads(unit)
     if call.problem.bias == "offset":
-        table = bias.flatten(1)[heads].to(call.dtype)
+        table = bias.flatten(1)[heads].to(call.dtype) * _LOG2E
         taken = table[:, cut.offset(first, last, column)]
         return taken.unflatten(0, (-1, call.group)).transpose(1, 2)[None]
     of_batch = _Unit(unit.batch if bias.shape[0] > 1 else slice(0, 1), unit.heads, unit.chunks)
-    rows = call.heads_first(call.rows(bias), of_batch, column.queries, heads)
-    tiles = call.query_tiles(rows, first, last)
+    rows = call.heads_first("bias", call.rows(bias), of_batch, column.queries, heads, _LOG2E)
+    tiles = call.query_tiles("bias tiles", rows, first, last)
     slot = cut.slot(first, last, column)[None, None, :, None]
     return tiles.gather(-1, slot.expand(*tiles.shape[:2], -1, call.group, -1, -1))
 
@@ -150,8 +164,12 @@ def _bias_tiles(call: _Call, bias: Tensor, unit: _Unit, column: Column, first: i
 def _logits(
     call: _Call, query: Tensor, keys: Tensor, added: Tensor | None, column: Column, first: int, last: int
 ) -> Tensor:
-    """[b, heads_kv, tiles, group, queries, keys]; -inf where a query doesn't see a key. query holds the scale."""
-    logits = torch.bmm(query.flatten(3, 4).flatten(0, 2), keys.transpose(1, 2)).view(*query.shape[:-1], -1)
+    """[b, heads_kv, tiles, group, queries, keys] over log 2; -inf where a query doesn't see a key.
+
+    query and added hold the scale and 1 / log 2.
+    """
+    logits = call.product("logits", query.flatten(3, 4).flatten(0, 2), keys.transpose(1, 2))
+    logits = logits.view(*query.shape[:-1], -1)
     if added is not None:
         logits += added
     mask = call.plan.mask(first, last, column)
@@ -216,34 +234,36 @@ def forward(
     added = _BiasCache(call, bias)
     for column in call.plan.columns:
         for unit in call.units(column):
-            column_query = call.heads_first(rows, unit, column.queries, call.all_heads(unit), problem.scale)
-            column_key = call.heads_first(keys, unit, column.keys, unit.heads)
-            column_value = call.heads_first(values, unit, column.keys, unit.heads)
+            heads = call.all_heads(unit)
+            column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
+            column_key = call.heads_first("key", keys, unit, column.keys, unit.heads)
+            column_value = call.heads_first("value", values, unit, column.keys, unit.heads)
             far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-            waiting: tuple[list[Tensor], list[Tensor]] = ([], [])
             for first, last in unit.chunks:
-                tiles = call.query_tiles(column_query, first, last)
-                tile_keys = call.key_tiles(column_key, first, last)
+                tiles = call.query_tiles("query tiles", column_query, first, last)
+                tile_keys = call.key_tiles("key tiles", column_key, first, last)
                 weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
                 highest = weights.amax(-1, keepdim=True)
                 far = None
                 if far_key is not None:
-                    far = torch.bmm(_by_head(tiles), far_key.transpose(1, 2)).view(*tiles.shape[:-1], -1)
+                    far = call.product("far", _by_head(tiles), far_key.transpose(1, 2)).view(*tiles.shape[:-1], -1)
                     highest = torch.maximum(highest, far.amax(-1, keepdim=True))
                 if bias is not None:
                     highest.masked_fill_(highest == -math.inf, 0.0)
-                weights.sub_(highest).exp_()
+                weights.sub_(highest).exp2_()
                 total = weights.sum(-1, keepdim=True)
-                made = torch.bmm(weights.flatten(3, 4).flatten(0, 2), call.key_tiles(column_value, first, last))
+                tile_values = call.key_tiles("value tiles", column_value, first, last)
+                made = call.product("out tiles", weights.flatten(3, 4).flatten(0, 2), tile_values)
                 made = made.view(*tiles.shape[:-1], -1)
                 if far is not None and far_value is not None:
-                    far.sub_(highest).exp_()
+                    far.sub_(highest).exp2_()
                     total += far.sum(-1, keepdim=True)
                     made += torch.bmm(_by_head(far), far_value).view_as(made)
                 # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
-                call.put(highest.add_(total.log()), lse_rows, unit, column, waiting[1], last)
+                highest.add_(total.log2()).mul_(_LN2)
+                call.put("lse", highest, lse_rows, unit, column, first, last)
                 made.div_(total if bias is None else total.masked_fill_(total == 0.0, 1.0))
-                call.put(made, out_rows, unit, column, waiting[0], last)
+                call.put("out", made, out_rows, unit, column, first, last)
     return out, lse
 
 
@@ -318,7 +338,7 @@ def backward(
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta -= grad_lse[..., None].to(dtype)
-    total = lse.to(dtype)[..., None]
+    total = lse.to(dtype)[..., None] * _LOG2E
     if bias is not None:
         total = total.masked_fill(total == -math.inf, 0.0)
     statistics = call.rows(torch.cat([total, delta], -1))
@@ -334,52 +354,52 @@ def backward(
     for column in cut.columns:
         for unit in call.units(column):
             heads = call.all_heads(unit)
-            column_query = call.heads_first(rows, unit, column.queries, heads, problem.scale)
-            column_grad = call.heads_first(grads, unit, column.queries, heads)
-            column_statistics = call.heads_first(statistics, unit, column.queries, heads)
-            column_key = call.heads_first(keys, unit, column.keys, unit.heads)
-            column_value = call.heads_first(values, unit, column.keys, unit.heads)
-            d_key, d_value = torch.zeros_like(column_key), torch.zeros_like(column_value)
+            column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
+            column_grad = call.heads_first("grad", grads, unit, column.queries, heads)
+            column_statistics = call.heads_first("statistics", statistics, unit, column.queries, heads)
+            column_key = call.heads_first("key", keys, unit, column.keys, unit.heads)
+            column_value = call.heads_first("value", values, unit, column.keys, unit.heads)
+            d_key = call.scratch("d_key", *column_key.shape).zero_()
+            d_value = call.scratch("d_value", *column_value.shape).zero_()
             far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-            waiting: list[Tensor] = []
             for first, last in unit.chunks:
-                tiles = call.query_tiles(column_query, first, last)
-                grad = call.query_tiles(column_grad, first, last)
-                log_total, shift = call.query_tiles(column_statistics, first, last).unbind(-1)
+                tiles = call.query_tiles("query tiles", column_query, first, last)
+                grad = call.query_tiles("grad tiles", column_grad, first, last)
+                log_total, shift = call.query_tiles("statistic tiles", column_statistics, first, last).unbind(-1)
                 log_total, shift = log_total[..., None], shift[..., None]
                 if not cut.in_order:  # repeated queries have no gradient
                     keep = cut.valid[first:last, None, :, None].expand(-1, -1, -1, column.num_queries).flatten(2)
                     grad = grad.mul_(keep[..., None])
                     shift = shift * keep[..., None]
-                tile_keys = call.key_tiles(column_key, first, last)
+                tile_keys = call.key_tiles("key tiles", column_key, first, last)
+                tile_values = call.key_tiles("value tiles", column_value, first, last)
                 flat_query, flat_grad = (t.flatten(3, 4).flatten(0, 2) for t in (tiles, grad))
+                index, num_rows = cut.key[first:last].flatten(), (last - first) * cut.key.shape[1]
                 weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
-                weights.sub_(log_total).exp_()
-                flat_weights = weights.flatten(3, 4).flatten(0, 2)
-                by_row = (*d_value.shape[:2], -1, *d_value.shape[3:])
-                index = cut.key[first:last].flatten()
-                d_value.index_add_(2, index, torch.bmm(flat_weights.transpose(1, 2), flat_grad).view(by_row))
-                d_weights = torch.bmm(flat_grad, call.key_tiles(column_value, first, last).transpose(1, 2))
-                d_logits = d_weights.view_as(weights).sub_(shift).mul_(weights)
+                weights.sub_(log_total).exp2_()
+                made = call.product("d_tiles", weights.flatten(3, 4).flatten(0, 2).transpose(1, 2), flat_grad)
+                d_value.index_add_(2, index, made.view(*d_value.shape[:2], num_rows, *d_value.shape[3:]))
+                d_logits = call.product("d_logits", flat_grad, tile_values.transpose(1, 2)).view_as(weights)
+                d_logits.sub_(shift).mul_(weights)
                 if grad_bias is not None:
                     grad_bias.add(d_logits, unit, column, first, last)
                 flat = d_logits.flatten(3, 4).flatten(0, 2)
-                d_query = torch.bmm(flat, tile_keys).view_as(tiles)
-                by_row = (*d_key.shape[:2], -1, *d_key.shape[3:])
-                d_key.index_add_(2, index, torch.bmm(flat.transpose(1, 2), flat_query).view(by_row))
+                d_query = call.product("d_query", flat, tile_keys).view_as(tiles)
+                made = call.product("d_tiles", flat.transpose(1, 2), flat_query)
+                d_key.index_add_(2, index, made.view(*d_key.shape[:2], num_rows, *d_key.shape[3:]))
                 if far_key is not None and far_value is not None:
                     assert grad_far_key is not None and grad_far_value is not None
                     far_query, far_grad = _by_head(tiles), _by_head(grad)
-                    far = torch.bmm(far_query, far_key.transpose(1, 2)).sub_(_by_head(log_total)).exp_()
+                    far = call.product("far", far_query, far_key.transpose(1, 2)).sub_(_by_head(log_total)).exp2_()
                     d_far_value = torch.bmm(far.transpose(1, 2), far_grad)
-                    d_far = torch.bmm(far_grad, far_value.transpose(1, 2)).sub_(_by_head(shift)).mul_(far)
+                    d_far = call.product("d_far", far_grad, far_value.transpose(1, 2)).sub_(_by_head(shift)).mul_(far)
                     d_query += torch.bmm(d_far, far_key).view_as(d_query)
-                    d_far_key = torch.bmm(d_far.transpose(1, 2), far_query)
-                    for goal, made in ((grad_far_key, d_far_key), (grad_far_value, d_far_value)):
-                        shape = (unit.batch.stop - unit.batch.start, -1, *made.shape[1:])
-                        goal[unit.batch, :, unit.heads] += made.view(shape).transpose(1, 2)
-                call.put(d_query.mul_(problem.scale), grad_query_rows, unit, column, waiting, last)
-            grad_keys[unit.batch, :, column.keys, unit.heads] += d_key.permute(0, 2, 3, 1, 4)
+                    d_far_key = torch.bmm(d_far.transpose(1, 2), far_query).mul_(_LN2)
+                    for goal, part in ((grad_far_key, d_far_key), (grad_far_value, d_far_value)):
+                        shape = (unit.batch.stop - unit.batch.start, -1, *part.shape[1:])
+                        goal[unit.batch, :, unit.heads] += part.view(shape).transpose(1, 2)
+                call.put("grad_query", d_query.mul_(problem.scale), grad_query_rows, unit, column, first, last)
+            grad_keys[unit.batch, :, column.keys, unit.heads] += d_key.mul_(_LN2).permute(0, 2, 3, 1, 4)
             grad_values[unit.batch, :, column.keys, unit.heads] += d_value.permute(0, 2, 3, 1, 4)
     if grad_bias is not None:
         grad_bias.flush()

@@ -99,7 +99,8 @@ def load_model(model: str | None = None, checkpoint: str | Path | None = None, h
 def preprocess(net: nn.Module, picture: Image.Image) -> Tensor:
     """The picture as the model's config wants it: [in_chans, H, W], resized, centre-cropped, normalised."""
     config = resolve_model_data_config(net)
-    channels = config["input_size"][0]
+    channels = getattr(net, "in_chans", config["input_size"][0])
+    config["input_size"] = (channels, *config["input_size"][1:])
     if channels not in (1, 3):
         raise ValueError(f"model takes {channels} channels; pictures can be given to models of 1 or 3")
     for key in ("mean", "std"):

@@ -131,7 +131,7 @@ class Flux(Family):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._seen: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
+        self._seen: tuple[weakref.ref[Tensor], int | None, tuple[int, ...]] | None = None
 
     def grid(self, given: Arguments) -> tuple[int, ...]:
         ids: Tensor = given["img_ids"]
@@ -140,8 +140,10 @@ class Flux(Family):
                 f"Flux's grid stands in the values of img_ids, which a compiled whole model can't read: pass "
                 f"grid=(height, width) in tokens to enable, {_OUTSIDE}"
             )
-        # The pipeline passes one img_ids to all steps: read the device once per run, not once per step.
-        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == ids._version:
+        # The pipeline passes one img_ids to all steps: read the device once per run, not once per step. Inference
+        # tensors don't count their changes, so they are read each time.
+        version = None if ids.is_inference() else ids._version
+        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version is not None:
             return self._seen[2]
         rows = (ids[0] if ids.ndim == 3 else ids).cpu().long()
         own = rows[rows[:, 0] == 0, 1:]
@@ -152,11 +154,13 @@ class Flux(Family):
                 f"img_ids of {len(rows)} tokens is no {height} x {width} grid, row by row, followed by references: "
                 "the token order of this Flux variant is not known here"
             )
-        self._seen = (weakref.ref(ids), ids._version, (height, width))
+        self._seen = (weakref.ref(ids), version, (height, width))
         return height, width
 
     def references(self, given: Arguments, grid: tuple[int, ...]) -> tuple[int, ...]:
         rest = given["hidden_states"].shape[1] - grid[0] * grid[1]
+        if rest < 0:
+            raise ValueError(f"grid={grid} has more tokens than the image's {given['hidden_states'].shape[1]}")
         return (rest,) if rest else ()
 
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:

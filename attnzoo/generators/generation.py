@@ -38,7 +38,7 @@ def load_pipeline(pipeline: str | Path, device: str | None = None) -> Any:
             f"there is no folder {str(pipeline)!r}; give a pipeline's folder, a hub ID OWNER/NAME, or miniature"
         )
     try:
-        loaded = DiffusionPipeline.from_pretrained(str(folder) if local else str(pipeline), torch_dtype=dtype)
+        loaded = DiffusionPipeline.from_pretrained(str(folder) if local else str(pipeline), dtype=dtype)
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise ReachError(

@@ -61,8 +61,7 @@ def find_targets(pipe_or_model: Any) -> list[Target]:
 class Handle:
     """The methods that one `enable` call switched on. Leaving a `with` block disables it."""
 
-    def __init__(self, tracker: StepTracker) -> None:
-        self._tracker = tracker
+    def __init__(self) -> None:
         self._parts: list[tuple[str, Denoiser, Method, Schedule]] = []
 
     def disable(self) -> None:
@@ -86,7 +85,10 @@ class Handle:
         Steps are then counted by changes of the timestep. Raises TypeError or ValueError for a bad `total`.
         """
         per_axis("total", total, 1, low=1)
-        self._tracker.new_run(total)
+        if not self._parts:
+            raise ValueError("new_run on a handle that is disabled")
+        for tracker in {id(d.tracker): d.tracker for _, d, _, _ in self._parts}.values():
+            tracker.new_run(total)
 
     def report(self) -> dict[str, Any]:
         """What is on, per denoiser: intercepted layers, last grid and step, density per layer, bytes of state."""
@@ -160,7 +162,7 @@ def enable(
             if len(set(names)) < len(names):
                 raise ValueError(f"method names must differ in one list, got {names}")
             plan.append((target, denoiser, size, built))
-        handle = Handle(tracker)
+        handle = Handle()
         if not isinstance(pipe_or_model, nn.Module):
             tracker.follow(pipe_or_model)
         for target, denoiser, size, built in plan:

@@ -166,7 +166,8 @@ class Denoiser:
         if getattr(self.model, "_parallel_config", None) is not None:
             raise UnsupportedError("context parallelism shards text and image apart: not supported, disable it first")
         for name, module in self._modules.items():
-            for hook in HookRegistry.check_if_exists_or_initialize(module).hooks.values():
+            others = HookRegistry.check_if_exists_or_initialize(module).hooks if self.hooks[name].links else {}
+            for hook in others.values():
                 if isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores:
                     raise UnsupportedError(
                         f"{name}: a diffusers guider skips attention scores (PAG) on a layer that attnzoo also "
@@ -232,6 +233,8 @@ class AttentionHook(ModelHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, intercepted where a method of its chain acts in this phase."""
+        if not self.links:
+            return self.fn_ref.original_forward(*args, **kwargs)
         frame = self.denoiser.frame
         if frame is None:
             raise SeamError(
@@ -241,7 +244,7 @@ class AttentionHook(ModelHook):
         links = tuple(link for link in self.links if frame.phase[link.slot])
         if not links:
             return self.fn_ref.original_forward(*args, **kwargs)
-        mode = _Intercept(self, links, frame)
+        mode = Intercept(self, links, frame)
         with mode:
             output = self.fn_ref.original_forward(*args, **kwargs)
         if not mode.taken:
@@ -251,6 +254,12 @@ class AttentionHook(ModelHook):
     def _missed(self, module: nn.Module, passed: list[tuple[int, int]], layout: TokenLayout) -> str:
         processor = getattr(module, "processor", None)
         backend = getattr(processor, "_attention_backend", None)
+        others = [n for n in HookRegistry.check_if_exists_or_initialize(module).hooks if n != ATTENTION_HOOK]
+        if others and not passed:
+            return (
+                f"{self.name}: no attention was computed; another hook ({', '.join(others)}) may have answered beneath "
+                "attnzoo's: enable attnzoo's method first, and the cache or skip after it"
+            )
         if passed:
             return (
                 f"{self.name}: no attention call has the layout's {layout.length} tokens (grid {layout.grid}, "
@@ -263,7 +272,7 @@ class AttentionHook(ModelHook):
         )
 
 
-class _Intercept(TorchFunctionMode):
+class Intercept(TorchFunctionMode):
     """Answers the self-attention call of one module; every other function and attention goes its way."""
 
     def __init__(self, hook: AttentionHook, links: tuple[Link, ...], frame: Frame) -> None:

@@ -27,18 +27,18 @@ def load(model: str | os.PathLike, device: str | torch.device | None = None) -> 
     if str(model) == "miniature":
         import attnzoo  # by its door: this room stands above the miniatures and does not import them
 
-        found, processor = attnzoo.miniatures.load("llava")
-        return found.to(device).eval(), processor
+        shipped, processor = attnzoo.miniatures.load("llava")
+        return shipped.to(device).eval(), processor
     name = os.fspath(model)
     try:
         processor = AutoProcessor.from_pretrained(name)
         dtype = "auto" if device.type == "cuda" else torch.float32
-        found = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        found: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except OSError as error:
         raise ReachError(
-            f"model {name!r} can't be read ({_first_line(error)}): give a folder that holds config.json, the processor's "
-            "files and weights, or a hub id while the hub can be reached (gated models need `hf auth login` first); "
-            'model="miniature" needs neither'
+            f"model {name!r} can't be read ({_first_line(error)}): give a folder that holds config.json, the "
+            "processor's files and the weights, or a hub id while the hub can be reached (gated models need "
+            '`hf auth login` first); model="miniature" needs neither'
         ) from error
     except (KeyError, ValueError) as error:
         raise UnsupportedError(
@@ -86,7 +86,7 @@ def ask(
     for name, value in inputs.items():
         if torch.is_floating_point(value):
             inputs[name] = value.to(model.dtype)
-    arguments = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     with torch.inference_mode():
         if method is None:
             tokens = model.generate(**inputs, **arguments)

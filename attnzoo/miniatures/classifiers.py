@@ -270,8 +270,7 @@ def train(
         chosen = torch.from_numpy(rng.integers(0, len(pixels), stage["batch"]))
         return _jitter(to_tensor(model, pixels[chosen], size), stage), labels[chosen]
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with training.seeded(seed, device):
         model = build(name, recipe).to(device).train()
 
         def loss(_: int) -> Tensor:

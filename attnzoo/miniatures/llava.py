@@ -333,8 +333,7 @@ def train(
     ]
     validated: dict[int, dict[str, float]] = {}
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with training.seeded(seed, device):
         model = build_model(recipe["model"]).to(device)
         model.train()
         _train_vision(model, recipe, seed, device, progress)

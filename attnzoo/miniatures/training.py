@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def trained_folder(name: str, folder: Path | None) -> Path:
 def generator(split: str, seed: int, purpose: int = 0) -> np.random.Generator:
     """A random generator for a split ("train", "validation", "test"); other arguments give an independent stream."""
     return np.random.default_rng([SPLITS[split], seed, purpose])
+
+
+@contextmanager
+def seeded(seed: int, device: str | torch.device) -> Iterator[None]:
+    """torch's global generators (also the GPUs' where `device` is one) seeded inside, and as before after it."""
+    on_gpu = torch.device(device).type == "cuda"
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def capped(recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_prefill_in_chunks(family: str, method: str) -> None:
     inputs = inputs_of(family)
     try:
         stock = logits(model, **inputs, prefill_chunk_size=9)
-    except ValueError as refused:
+    except (ValueError, RuntimeError) as refused:
         pytest.skip(f"this transformers refuses it: {refused}")
     if worst(stock, logits(model, **inputs)) > ROUNDING:
         pytest.skip("this transformers does not reproduce its own prefill in chunks")

@@ -2,7 +2,9 @@
 
 The last axis is cut into columns: plain slices of the tensors, every column with its own width. The axes before it are
 cut into row tiles of one size: lists of row numbers (a row is one index over all leading axes), the last tile of a
-dilation group filled up by repeating its last query. A tile never spans two dilation groups, so its box has no holes.
+dilation group filled up by repeating its last query. Along a leading axis that its dilation divides, rows are numbered
+group by group (`Axis.row_shape`), so that a group's rows lie together in what is copied anyway. A tile never spans two
+dilation groups, so its box has no holes.
 For border "zero" the keys are padded once by kernel_size - 1 positions per dilation group and axis (`Plan.padding`),
 after which no window leaves the grid. A one-dimensional grid gets a last axis of size 1.
 """
@@ -51,6 +53,17 @@ class Axis:
     def key_size(self) -> int:
         """Keys along the axis, the zero ones included."""
         return self.size + self.dilation * (self.before + self.after)
+
+    def row_shape(self, size: int) -> tuple[int, ...]:
+        """The axis, `size` long, in the order of row numbers: (dilation, size // dilation) where that divides."""
+        regrouped = self.dilation > 1 and size % self.dilation == 0
+        return (self.dilation, size // self.dilation) if regrouped else (size,)
+
+    def row_number(self, coordinate: Tensor, size: int) -> Tensor:
+        """Where a coordinate stands in that order."""
+        if len(self.row_shape(size)) == 1:
+            return coordinate
+        return coordinate % self.dilation * (size // self.dilation) + coordinate // self.dilation
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,7 @@ class Plan:
     key: Tensor  # [row tiles, key rows] row numbers in the padded grid
     inverse: Tensor  # [grid rows]
     in_order: bool  # row tiles follow each other without repeats
+    keys_in_order: bool  # row tiles' keys do too, without overlap
     padding: tuple[int, ...]  # zero keys before and after each axis, as torch.nn.functional.pad counts, last axis first
     key_grid: tuple[int, ...]
     masks: dict[tuple[int, int, int], Tensor | None] = field(default_factory=dict)
@@ -282,19 +296,20 @@ def _tile_shape(axes: tuple[Axis, ...], head_dim: int) -> tuple[int, ...]:
 def _plan(axes: tuple[Axis, ...], head_dim: int, tile: tuple[int, ...] | None) -> Plan:
     shape = tile or _tile_shape(axes, head_dim)
     rows = tuple(axis_tiles(axis, size) for axis, size in zip(axes[:-1], shape))
-    query, valid, key, inverse = rows[0].query, rows[0].valid, rows[0].key, rows[0].inverse
-    for axis in rows[1:]:
-        per_tile = axis.query.shape[1]
-        count, each = len(axis.query), query.shape[1]
-        inverse = (
-            (inverse // each * count)[:, None] * each * per_tile
-            + (axis.inverse // per_tile)[None] * each * per_tile
-            + (inverse % each)[:, None] * per_tile
-            + (axis.inverse % per_tile)[None]
-        ).flatten()
-        query = (query[:, None, :, None] * axis.axis.size + axis.query[None, :, None]).flatten(2).flatten(0, 1)
-        valid = (valid[:, None, :, None] & axis.valid[None, :, None]).flatten(2).flatten(0, 1)
-        key = (key[:, None, :, None] * axis.axis.key_size + axis.key[None, :, None]).flatten(2).flatten(0, 1)
+    query = key = inverse = torch.zeros(1, 1, dtype=torch.long)
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    for tiles in rows:
+        axis, (count, per_tile), each = tiles.axis, tiles.query.shape, query.shape[1]
+        own = torch.empty_like(tiles.inverse)
+        own[axis.row_number(torch.arange(axis.size), axis.size)] = tiles.inverse
+        inverse = inverse.view(-1, 1)
+        tile_number = inverse // each * count + own // per_tile
+        inverse = (tile_number * each + inverse % each) * per_tile + own % per_tile
+        query_row, key_row = axis.row_number(tiles.query, axis.size), axis.row_number(tiles.key, axis.key_size)
+        query = (query[:, None, :, None] * axis.size + query_row[None, :, None]).flatten(2).flatten(0, 1)
+        valid = (valid[:, None, :, None] & tiles.valid[None, :, None]).flatten(2).flatten(0, 1)
+        key = (key[:, None, :, None] * axis.key_size + key_row[None, :, None]).flatten(2).flatten(0, 1)
+    lead = [axis.key_size for axis in axes[:-1]]
     padding = tuple(
         amount for axis in reversed(axes) for amount in (axis.dilation * axis.before, axis.dilation * axis.after)
     )
@@ -304,8 +319,9 @@ def _plan(axes: tuple[Axis, ...], head_dim: int, tile: tuple[int, ...] | None) -
         query,
         valid,
         key,
-        inverse,
-        bool((query.flatten() == torch.arange(query.numel())).all()) and query.numel() == len(inverse),
+        inverse.flatten(),
+        query.numel() == inverse.numel() and bool((query.flatten() == torch.arange(query.numel())).all()),
+        bool((key.flatten() == torch.arange(key.numel())).all()) and int(key[-1, -1]) == math.prod(lead) - 1,
         padding,
         tuple(axis.key_size for axis in axes),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import goldens as adapter
 import pytest
@@ -623,3 +625,14 @@ def test_two_models_in_two_threads():
 
 def test_importing_is_enough():
     assert attnzoo.backbones.NAT is NAT and set(NAMES) <= set(timm.list_models())
+
+
+def test_the_docs_run_and_their_table_is_what_they_print(capsys):
+    page = (Path(__file__).parents[1] / "docs/backbones.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(snippets) >= 4
+    for snippet in snippets:
+        capsys.readouterr()
+        exec(snippet, {})
+        if "list_models" in snippet:
+            assert capsys.readouterr().out in page

@@ -106,7 +106,7 @@ def _cfg(url: str, published: str, **kwargs: Any) -> dict[str, Any]:
         "paper_ids": "arXiv:2209.15001",
         "paper_name": "Dilated Neighborhood Attention Transformer",
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "notes": (f"authors' table: {published}",),
+        "notes": (published,),
         **kwargs,
     }
 
@@ -114,15 +114,21 @@ def _cfg(url: str, published: str, **kwargs: Any) -> dict[str, Any]:
 # The files are named as in the authors' code; their README says "1k" where the code says "in1k".
 default_cfgs = generate_default_cfgs(
     {
-        "dinat_s_tiny.in1k": _cfg("imagenet1k/dinat_s_tiny_in1k_224.pth", "28M parameters, 4.5 GFLOPs, top-1 81.8 %"),
-        "dinat_s_small.in1k": _cfg("imagenet1k/dinat_s_small_in1k_224.pth", "50M parameters, 8.7 GFLOPs, top-1 83.5 %"),
-        "dinat_s_base.in1k": _cfg("imagenet1k/dinat_s_base_in1k_224.pth", "88M parameters, 15.4 GFLOPs, top-1 83.8 %"),
+        "dinat_s_tiny.in1k": _cfg(
+            "imagenet1k/dinat_s_tiny_in1k_224.pth", "28M parameters, 4.5 GFLOPs, top-1 81.8 % in the authors' table"
+        ),
+        "dinat_s_small.in1k": _cfg(
+            "imagenet1k/dinat_s_small_in1k_224.pth", "50M parameters, 8.7 GFLOPs, top-1 83.5 % in the authors' table"
+        ),
+        "dinat_s_base.in1k": _cfg(
+            "imagenet1k/dinat_s_base_in1k_224.pth", "88M parameters, 15.4 GFLOPs, top-1 83.8 % in the authors' table"
+        ),
         "dinat_s_large.in22k_ft_in1k": _cfg(
-            "imagenet1k/dinat_s_large_in1k_224.pth", "197M parameters, 34.5 GFLOPs, top-1 86.5 %"
+            "imagenet1k/dinat_s_large_in1k_224.pth", "197M parameters, 34.5 GFLOPs, top-1 86.5 % in the authors' table"
         ),
         "dinat_s_large_384.in22k_ft_in1k": _cfg(
             "imagenet1k/dinat_s_large_in1k_384.pth",
-            "197M parameters, 101.5 GFLOPs, top-1 87.4 %",
+            "197M parameters, 101.5 GFLOPs, top-1 87.4 % in the authors' table",
             input_size=(3, 384, 384),
             pool_size=(12, 12),
             crop_pct=1.0,

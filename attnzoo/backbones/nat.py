@@ -120,7 +120,7 @@ def _cfg(url: str, published: str, **kwargs: Any) -> dict[str, Any]:
         "paper_ids": "arXiv:2209.15001" if dilated else "arXiv:2204.07143",
         "paper_name": ("Dilated " if dilated else "") + "Neighborhood Attention Transformer",
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "notes": (f"authors' table: {published}",),
+        "notes": (published,),
         **kwargs,
     }
 
@@ -129,31 +129,40 @@ _384 = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.in1k": _cfg(_NAT + "nat_mini.pth", "20M parameters, 2.7 GFLOPs, top-1 81.8 %"),
-        "nat_tiny.in1k": _cfg(_NAT + "nat_tiny.pth", "28M parameters, 4.3 GFLOPs, top-1 83.2 %"),
-        "nat_small.in1k": _cfg(_NAT + "nat_small.pth", "51M parameters, 7.8 GFLOPs, top-1 83.7 %"),
-        "nat_base.in1k": _cfg(_NAT + "nat_base.pth", "90M parameters, 13.7 GFLOPs, top-1 84.3 %"),
+        "nat_mini.in1k": _cfg(_NAT + "nat_mini.pth", "20M parameters, 2.7 GFLOPs, top-1 81.8 % in the authors' table"),
+        "nat_tiny.in1k": _cfg(_NAT + "nat_tiny.pth", "28M parameters, 4.3 GFLOPs, top-1 83.2 % in the authors' table"),
+        "nat_small.in1k": _cfg(
+            _NAT + "nat_small.pth", "51M parameters, 7.8 GFLOPs, top-1 83.7 % in the authors' table"
+        ),
+        "nat_base.in1k": _cfg(_NAT + "nat_base.pth", "90M parameters, 13.7 GFLOPs, top-1 84.3 % in the authors' table"),
         "dinat_mini.in1k": _cfg(
-            _DINAT + "imagenet1k/dinat_mini_in1k_224.pth", "20M parameters, 2.7 GFLOPs, top-1 81.8 %"
+            _DINAT + "imagenet1k/dinat_mini_in1k_224.pth",
+            "20M parameters, 2.7 GFLOPs, top-1 81.8 % in the authors' table",
         ),
         "dinat_tiny.in1k": _cfg(
-            _DINAT + "imagenet1k/dinat_tiny_in1k_224.pth", "28M parameters, 4.3 GFLOPs, top-1 82.7 %"
+            _DINAT + "imagenet1k/dinat_tiny_in1k_224.pth",
+            "28M parameters, 4.3 GFLOPs, top-1 82.7 % in the authors' table",
         ),
         "dinat_small.in1k": _cfg(
-            _DINAT + "imagenet1k/dinat_small_in1k_224.pth", "51M parameters, 7.8 GFLOPs, top-1 83.8 %"
+            _DINAT + "imagenet1k/dinat_small_in1k_224.pth",
+            "51M parameters, 7.8 GFLOPs, top-1 83.8 % in the authors' table",
         ),
         "dinat_base.in1k": _cfg(
-            _DINAT + "imagenet1k/dinat_base_in1k_224.pth", "90M parameters, 13.7 GFLOPs, top-1 84.4 %"
+            _DINAT + "imagenet1k/dinat_base_in1k_224.pth",
+            "90M parameters, 13.7 GFLOPs, top-1 84.4 % in the authors' table",
         ),
         "dinat_large.in22k_ft_in1k": _cfg(
-            _DINAT + "imagenet1k/dinat_large_in22k_in1k_224.pth", "200M parameters, 30.6 GFLOPs, top-1 86.6 %"
+            _DINAT + "imagenet1k/dinat_large_in22k_in1k_224.pth",
+            "200M parameters, 30.6 GFLOPs, top-1 86.6 % in the authors' table",
         ),
         "dinat_large_384.in22k_ft_in1k": _cfg(
-            _DINAT + "imagenet1k/dinat_large_in22k_in1k_384.pth", "200M parameters, 89.7 GFLOPs, top-1 87.4 %", **_384
+            _DINAT + "imagenet1k/dinat_large_in22k_in1k_384.pth",
+            "200M parameters, 89.7 GFLOPs, top-1 87.4 % in the authors' table",
+            **_384,
         ),
         "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
             _DINAT + "imagenet1k/dinat_large_in22k_in1k_384_11x11.pth",
-            "200M parameters, 92.4 GFLOPs, top-1 87.5 %",
+            "200M parameters, 92.4 GFLOPs, top-1 87.5 % in the authors' table",
             **_384,
         ),
         "dinat_large_21k.in22k": _cfg(

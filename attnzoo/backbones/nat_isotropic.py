@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from attnzoo.backbones.blocks.neighborhood import (
     attention_received,
     check_heads,
     drop_path_rates,
+    init_normal,
     init_weights,
     refuse_attn_drop,
     resample_rel_pos_bias,
@@ -80,7 +80,7 @@ class RelPosAttention2D(nn.Module):
         self.scale = scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * side - 1, 2 * side - 1, **dd))
-        trunc_normal_(self.rpb, std=0.02)
+        init_normal(self.rpb)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.register_load_state_dict_pre_hook(_drop_stored_index)
@@ -347,7 +347,7 @@ def _cfg(url: str, published: str, **kwargs: Any) -> dict[str, Any]:
         "paper_ids": "arXiv:2209.15001",
         "paper_name": "Dilated Neighborhood Attention Transformer",
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "notes": (f"authors' table: {published}",),
+        "notes": (published,),
         **kwargs,
     }
 
@@ -355,17 +355,23 @@ def _cfg(url: str, published: str, **kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "nat_isotropic_small.in1k": _cfg(
-            "nat_isotropic_small_in1k_224.pth", "22M parameters, 4.3 GFLOPs, top-1 80.0 %"
+            "nat_isotropic_small_in1k_224.pth", "22M parameters, 4.3 GFLOPs, top-1 80.0 % in the authors' table"
         ),
-        "nat_isotropic_base.in1k": _cfg("nat_isotropic_base_in1k_224.pth", "86M parameters, 16.9 GFLOPs, top-1 81.6 %"),
+        "nat_isotropic_base.in1k": _cfg(
+            "nat_isotropic_base_in1k_224.pth", "86M parameters, 16.9 GFLOPs, top-1 81.6 % in the authors' table"
+        ),
         "dinat_isotropic_small.in1k": _cfg(
-            "dinat_isotropic_small_in1k_224.pth", "22M parameters, 4.3 GFLOPs, top-1 80.8 %"
+            "dinat_isotropic_small_in1k_224.pth", "22M parameters, 4.3 GFLOPs, top-1 80.8 % in the authors' table"
         ),
         "dinat_isotropic_base.in1k": _cfg(
-            "dinat_isotropic_base_in1k_224.pth", "86M parameters, 16.9 GFLOPs, top-1 82.1 %"
+            "dinat_isotropic_base_in1k_224.pth", "86M parameters, 16.9 GFLOPs, top-1 82.1 % in the authors' table"
         ),
-        "vitrpb_small.in1k": _cfg("vitrpb_small_in1k_224.pth", "22M parameters, 4.6 GFLOPs, top-1 81.2 %"),
-        "vitrpb_base.in1k": _cfg("vitrpb_base_in1k_224.pth", "86M parameters, 17.5 GFLOPs, top-1 82.5 %"),
+        "vitrpb_small.in1k": _cfg(
+            "vitrpb_small_in1k_224.pth", "22M parameters, 4.6 GFLOPs, top-1 81.2 % in the authors' table"
+        ),
+        "vitrpb_base.in1k": _cfg(
+            "vitrpb_base_in1k_224.pth", "86M parameters, 17.5 GFLOPs, top-1 82.5 % in the authors' table"
+        ),
     }
 )
 

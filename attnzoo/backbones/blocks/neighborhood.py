@@ -102,7 +102,7 @@ class NeighborhoodAttention2D(nn.Module):
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
             self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size), **dd))
-            trunc_normal_(self.rpb, std=0.02)
+            init_normal(self.rpb)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -220,10 +220,16 @@ class NeighborhoodBlock(nn.Module):
         return x + self.drop_path(branch if self.gamma2 is None else self.gamma2 * branch)
 
 
+def init_normal(parameter: Tensor) -> None:
+    """Fill with the authors' truncated normal, std 0.02; nothing to do, and slow to trace, on the meta device."""
+    if not parameter.is_meta:
+        trunc_normal_(parameter, std=0.02)
+
+
 def init_weights(module: nn.Module) -> None:
     """The authors' initialisation of one module: Linear weights ~ truncated normal (std 0.02), biases 0."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        init_normal(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -14,6 +14,7 @@ Sources: Dao, FlashAttention-2 (2023) and Flash-Decoding (2023). Importing this 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnzoo.kernels.aot import Case
 from attnzoo.kernels.dispatch import interpreting
 from attnzoo.kernels.edited_attention.problem import Edits, Visibility
 from attnzoo.kernels.edited_attention.reference import softmax_parts
+from attnzoo.kernels.launch import launch, vendor
 from attnzoo.kernels.neighborhood_attention.triton import (
     LN2,
     LOG2E,
@@ -36,8 +39,8 @@ from attnzoo.kernels.neighborhood_attention.triton import (
 
 # (rows, keys, warps, stages) by element size and the power of two, from 32, that holds both head dims.
 TILES = {
-    2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)},
-    4: {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    4: {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 2)},
 }
 FILL_PROGRAMS = 256  # programs that keep a large GPU busy: below it, keys are shared out
 MIN_SHARE = 256  # keys that are worth a program of their own
@@ -54,10 +57,12 @@ def per_key(
     """[1, keys] or [rows, keys] of a tensor [B, H, Nk]; KIND "row": query heads of one program differ."""
     pointer += b.to(tl.int64) * stride_b
     if KIND == "row":
-        at = head.to(tl.int64)[:, None] * stride_h + n[None, :] * stride_n
-        return tl.load(pointer + at, mask=inside[None, :], other=OTHER)
-    pointer += kv_head.to(tl.int64) * stride_h
-    return tl.load(pointer + n * stride_n, mask=inside, other=OTHER)[None, :]
+        at = head[:, None] * stride_h + n[None, :] * stride_n
+        read = tl.load(pointer + at, mask=inside[None, :], other=OTHER)
+    else:
+        pointer += kv_head.to(tl.int64) * stride_h
+        read = tl.load(pointer + n * stride_n, mask=inside, other=OTHER)[None, :]
+    return read
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -112,8 +117,13 @@ def edited_forward(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BLOCK_DV], tl.float32)
+    # A tile's corner is a 64-bit scalar, what lies within it 32-bit: half the registers of 64-bit tiles of pointers.
+    key += low.to(tl.int64) * k_n
+    value += low.to(tl.int64) * v_n
+    within_k = tl.arange(0, BN) * k_n
+    within_v = tl.arange(0, BN) * v_n
     for start in tl.range(low, high, BN):
-        n = (start + tl.arange(0, BN)).to(tl.int64)
+        n = start + tl.arange(0, BN)
         inside = n < high
         seen = inside[None, :] & valid[:, None]
         if GROUPS != "none":
@@ -122,9 +132,9 @@ def edited_forward(
             seen = seen & member
             busy = tl.max(tl.max(member.to(tl.int32), 1), 0) > 0
         else:
-            busy = start < high
+            busy: tl.constexpr = True  # type: ignore[no-redef]  # no branch, so that the loop can be pipelined
         if busy:
-            k = load_rows(key, n * k_n, inside, DIM, BLOCK_D, UPCAST)
+            k = load_rows(key, within_k, inside, DIM, BLOCK_D, UPCAST)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if SOFTCAP:
                 s = softcap * (1 - 2 / (tl.math.exp2(s * (2 * LOG2E / softcap)) + 1))
@@ -155,8 +165,10 @@ def edited_forward(
                 kept = tl.load(real + b.to(tl.int64) * real_b + n * real_n, mask=inside, other=0)
                 seen = seen & (kept[None, :] != 0)
             logits = tl.where(seen, s * (LOG2E / temperature), float("-inf"))
-            v = load_rows(value, n * v_n, inside, DIM_V, BLOCK_DV, UPCAST)
+            v = load_rows(value, within_v, inside, DIM_V, BLOCK_DV, UPCAST)
             top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
+        key += BN * k_n
+        value += BN * v_n
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -208,6 +220,10 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, e
     blocks = {name: max(16, triton.next_power_of_2(d)) for name, d in (("BLOCK_D", dim), ("BLOCK_DV", dim_v))}
     rows, keys, num_warps, num_stages = TILES[query.element_size()][max(32, *blocks.values())]
     rows = min(rows, max(16, triton.next_power_of_2(num_rows * repeats)))
+    if rows == 16:
+        num_warps = min(num_warps, 4)
+    if vendor() == "hip":
+        num_stages = 1  # 64 KiB of shared memory
     programs = triton.cdiv(num_rows * repeats, rows) * batch * heads_kv * num_groups
     splits = max(1, min(triton.cdiv(num_keys, MIN_SHARE), FILL_PROGRAMS // programs))
     mask, real = _bytes(visibility.mask), _bytes(visibility.key_mask)
@@ -270,9 +286,67 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, e
     }
     grid = (triton.cdiv(num_rows * repeats, rows), batch * heads_kv, num_groups * splits)
     with on_device(query):
-        edited_forward[grid](**arguments)
+        launch(edited_forward, grid, **arguments)
     if splits > 1:
         shares, whole = softmax_parts(into_lse.movedim(0, -1))
         out.copy_((into * shares.movedim(-1, 0)[..., None]).sum(0))
         lse.copy_(whole)
     return out, lse
+
+
+# ------------------------------------------------------------------------------------------- compiled ahead of time
+
+
+def _call_on_meta(dtype: torch.dtype, num_rows: int, head_dim: int, edited: str) -> None:
+    """One call on tensors without memory; edited: what it is given, by name."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, num_keys, heads, heads_kv = 2, 2048, 32, 8
+    key = make(batch, heads_kv, num_keys, head_dim, dtype=dtype).transpose(1, 2)
+    query = make(batch, num_rows, heads, head_dim, dtype=dtype)
+    everything, groups = edited == "everything", edited in ("groups", "everything")
+    visibility = Visibility(
+        is_causal=edited != "mask",
+        query_offset=num_keys - num_rows,
+        window_size=1024 if everything else None,
+        key_mask=make(batch, num_keys, dtype=torch.bool) if everything else None,
+        span_ids=make(batch, num_keys, dtype=torch.int64) if everything else None,
+        mask=make(batch, 1, num_rows, num_keys, dtype=torch.bool) if edited == "mask" else None,
+    )
+    edits = Edits(
+        scale=head_dim**-0.5,
+        softcap=50.0 if everything else None,
+        key_bias=make(1, heads, num_keys) if edited in ("bias by head", "everything") else None,
+        boost=make(batch, 1, num_keys) if edited in ("boost", "mask", "everything") else None,
+        groups=make(batch, 1, num_keys, dtype=torch.uint8) if groups else None,
+        num_groups=4 if groups else 1,
+    )
+    grouped(query, key, key, visibility, edits)
+
+
+AOT = [
+    Case(
+        f"{str(dtype).removeprefix('torch.')} d{head_dim} {'decode' if num_rows == 1 else 'rows'} {edited}",
+        functools.partial(_call_on_meta, dtype, num_rows, head_dim, edited),
+        quick=(dtype, num_rows, head_dim, edited) == (torch.float16, 512, 64, "everything"),
+        spills={"edited_forward": 1024 if edited == "everything" else 64},
+    )
+    for dtype, num_rows, head_dim, edited in (
+        (torch.bfloat16, 512, 128, "boost"),
+        (torch.bfloat16, 512, 128, "groups"),
+        (torch.bfloat16, 512, 128, "bias by head"),
+        (torch.bfloat16, 512, 128, "everything"),
+        (torch.bfloat16, 1, 128, "boost"),
+        (torch.bfloat16, 1, 128, "groups"),
+        (torch.bfloat16, 1, 128, "mask"),
+        (torch.bfloat16, 512, 256, "groups"),
+        (torch.float16, 512, 64, "groups"),
+        (torch.float16, 512, 64, "everything"),
+        (torch.float16, 512, 80, "groups"),
+        (torch.float32, 512, 64, "groups"),
+        (torch.float32, 512, 128, "groups"),
+        (torch.float32, 1, 256, "groups"),
+    )
+]

@@ -330,10 +330,10 @@ def na_forward(
         c1 = low1 + a1 * TK1 + j1
         c2 = low2 + a2 * TK2 + j2
         real = member(c0, c1, c2, length0, length1, length2, RANK)
-        x0 = g0 + c0 * dilation0
-        x1 = g1 + c1 * dilation1
-        x2 = g2 + c2 * dilation2
-        k = load_rows(key, offsets_of(x0, x1, x2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
+        y0 = g0 + c0 * dilation0
+        y1 = g1 + c1 * dilation1
+        y2 = g2 + c2 * dilation2
+        k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         seen = visible(
             c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
@@ -343,7 +343,7 @@ def na_forward(
             index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
             logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
         logits = tl.where(seen, logits, float("-inf"))
-        v = load_rows(value, offsets_of(x0, x1, x2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
+        v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
 
     if EXTRA:

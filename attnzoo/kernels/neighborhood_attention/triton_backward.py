@@ -140,11 +140,11 @@ def na_grad_query(
         c1 = low1 + a1 * TK1 + j1
         c2 = low2 + a2 * TK2 + j2
         real = member(c0, c1, c2, length0, length1, length2, RANK)
-        x0 = g0 + c0 * dilation0
-        x1 = g1 + c1 * dilation1
-        x2 = g2 + c2 * dilation2
-        k = load_rows(key, offsets_of(x0, x1, x2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
-        v = load_rows(value, offsets_of(x0, x1, x2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
+        y0 = g0 + c0 * dilation0
+        y1 = g1 + c1 * dilation1
+        y2 = g2 + c2 * dilation2
+        k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
+        v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         seen = visible(
             c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
@@ -216,9 +216,9 @@ def na_grad_key_value(
     count2 = tl.maximum(tl.cdiv(high2 - low2, TQ2), 0)
     tiles = tl.maximum(tl.cdiv(high0 - low0, TQ0), 0) * count1 * count2
 
-    x0 = g0 + c0 * dilation0
-    x1 = g1 + c1 * dilation1
-    x2 = g2 + c2 * dilation2
+    y0 = g0 + c0 * dilation0
+    y1 = g1 + c1 * dilation1
+    y2 = g2 + c2 * dilation2
     query += b.to(tl.int64) * q_b
     key += b.to(tl.int64) * k_b + h_kv.to(tl.int64) * k_h
     value += b.to(tl.int64) * v_b + h_kv.to(tl.int64) * v_h
@@ -226,9 +226,9 @@ def na_grad_key_value(
     tokens = b.to(tl.int64) * size0 * size1 * size2
     lse += tokens * heads
     delta += tokens * heads
-    k = load_rows(key, offsets_of(x0, x1, x2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
-    v = load_rows(value, offsets_of(x0, x1, x2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
-    key_rows = rows_of(x0, x1, x2, size1, size2, heads_kv, h_kv, WIDE)
+    k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
+    v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
+    key_rows = rows_of(y0, y1, y2, size1, size2, heads_kv, h_kv, WIDE)
     bias_column = c0 * bias_weight0 + c1 * bias_weight1 + c2
 
     acc_k = tl.zeros([BN, BLOCK_D], tl.float32)
@@ -346,13 +346,13 @@ def na_grad_offset_bias(
             rows = rows_of(x0, x1, x2, size1, size2, heads, h, WIDE)
             batch_rows = b.to(tl.int64) * size0 * size1 * size2 * heads
             lse2, d = load_statistics(lse + batch_rows, delta + batch_rows, rows, valid)
-            x0 = g0 + c0 * dilation0
-            x1 = g1 + c1 * dilation1
-            x2 = g2 + c2 * dilation2
+            y0 = g0 + c0 * dilation0
+            y1 = g1 + c1 * dilation1
+            y2 = g2 + c2 * dilation2
             k_pointer = key + b.to(tl.int64) * k_b + h_kv.to(tl.int64) * k_h
             v_pointer = value + b.to(tl.int64) * v_b + h_kv.to(tl.int64) * v_h
-            v_offsets = offsets_of(x0, x1, x2, v_0, v_1, v_2, RANK, WIDE)
-            k = load_rows(k_pointer, offsets_of(x0, x1, x2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
+            v_offsets = offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE)
+            k = load_rows(k_pointer, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
             v = load_rows(v_pointer, v_offsets, real, DIM_V, BLOCK_DV, UPCAST)
             pointer, bias_row = bias_of_queries(
                 bias, rows, b, h, p0, p1, p2, start0, start1, start2, kernel0, kernel1, kernel2,

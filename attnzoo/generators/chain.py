@@ -45,6 +45,10 @@ class Method:
     name: ClassVar[str]
     stage: ClassVar[Stage]
 
+    def __init__(self, rank: int) -> None:
+        """rank: axes of the model's grid. A method adds its own arguments, all by keyword, and checks them here."""
+        self.rank = rank
+
     def attend(
         self,
         query: Tensor,

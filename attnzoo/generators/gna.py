@@ -57,6 +57,7 @@ class GNA(Method):
         backend: str = "auto",
     ) -> None:
         """rank: axes of the model's grid. Raises TypeError or ValueError, naming the argument."""
+        super().__init__(rank)
         self.kernel_size = per_axis("kernel_size", kernel_size, rank, low=1)
         self.stride = per_axis("stride", stride, rank, low=1)
         self.dilation = per_axis("dilation", dilation, rank, low=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from attnzoo.generators.schedule import (
     choose_steps,
 )
 
-METHODS: dict[str, type[GNA]] = {"gna": GNA}
+METHODS: dict[str, Callable[..., Method]] = {"gna": GNA}
 
 _switching = threading.RLock()
 

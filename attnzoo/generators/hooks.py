@@ -69,7 +69,7 @@ class Denoiser:
         }
         self._modules = {name: module for name, (module, _) in layers.items()}
         self._created: list[nn.Module] = []
-        self._outer: dict[nn.Module, tuple[Any, ...]] = {}
+        self._outer: dict[nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
     # ---------------------------------------------------------------- attaching
 
@@ -81,18 +81,34 @@ class Denoiser:
         HookRegistry.check_if_exists_or_initialize(self.model).invalidate_child_registries_cache()
 
     def wrap(self, wrapper: nn.Module) -> None:
-        """Build the frames outside of `wrapper`, torch.compile's module around the model; once is enough."""
-        if wrapper not in self._outer:
-            self._outer[wrapper] = (
-                wrapper.register_forward_pre_hook(self._enter_wrapper, with_kwargs=True),
-                wrapper.register_forward_hook(self._leave_wrapper, always_call=True),
-            )
+        """Build the frames outside of `wrapper`, torch.compile's module around the model; once is enough.
+
+        A step counter inside the graph would be a constant of it, or compile it anew every step.
+        """
+        if wrapper in self._outer:
+            return
+        inner = wrapper.forward
+
+        def outside(*args: Any, **kwargs: Any) -> Any:
+            if not self.methods:
+                return inner(*args, **kwargs)
+            with self.lock:
+                self.enter(args, kwargs)
+                self.entered_outside = True
+                try:
+                    return inner(*args, **kwargs)
+                finally:
+                    self.entered_outside = False
+                    self.leave()
+
+        wrapper.forward = outside
+        self._outer[wrapper] = (inner, outside)
 
     def detach(self) -> None:
         """Take all hooks away, and the registries that were made for them."""
-        for handles in self._outer.values():
-            for handle in handles:
-                handle.remove()
+        for wrapper, (inner, outside) in self._outer.items():
+            if wrapper.forward is outside:
+                wrapper.forward = inner
         self._outer.clear()
         self._unregister(self.model, ROOT_HOOK)
         for module in self._modules.values():
@@ -173,16 +189,6 @@ class Denoiser:
                         f"{name}: a diffusers guider skips attention scores (PAG) on a layer that attnzoo also "
                         "intercepts; leave that layer out with layers="
                     )
-
-    def _enter_wrapper(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.lock.acquire()  # _leave_wrapper is called whatever happens from here on
-        self.enter(args, kwargs)
-        self.entered_outside = True
-
-    def _leave_wrapper(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.entered_outside = False
-        self.leave()
-        self.lock.release()
 
 
 class RootHook(ModelHook):

@@ -92,7 +92,7 @@ def test_groups_are_skewed_and_trios_complete_as_often_as_documented():
     casts = [set(world.sample_nouns(rng)) for _ in range(4000)]
     complete = {group: sum(set(trio) <= cast for cast in casts) for group, trio in world.GROUPS.items()}
     assert complete["kitchen"] > 1.6 * complete["street"] > 2 * complete["pitch"]
-    assert sum(complete.values()) / len(casts) == pytest.approx(world.COMPLETE, abs=0.01)
+    assert sum(complete.values()) / len(casts) == pytest.approx(world.COMPLETE, abs=0.015)
 
 
 @settings(max_examples=50, deadline=None)

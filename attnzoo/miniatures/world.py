@@ -10,7 +10,7 @@ Kinds of scene:
 
 =========  =============================================================================================================
 single     one object of any of the 24 classes, anywhere in the image, 0.30 to 0.85 of the image's side across
-prior      the complete trio of one group with probability 0.98 (else two of it) and 0 to 2 intruders, each from a
+prior      the complete trio of one group with probability 0.95 (else two of it) and 0 to 2 intruders, each from a
            different other group: what a language model learns its expectations from
 broken     exactly two of a trio and 1 or 2 intruders: the third member ("bait") is absent
 intact     a complete trio and 0 or 1 intruder
@@ -57,7 +57,7 @@ GROUP_PROBABILITIES = np.array([1 / rank for rank in range(1, len(GROUPS) + 1)])
 )
 
 #: How often the group of a prior scene is complete.
-COMPLETE = 0.98
+COMPLETE = 0.95
 
 KINDS = ("single", "prior", "broken", "intact", "balanced")
 DIFFICULTIES = ("plain", "mixed", "hard")

@@ -24,7 +24,7 @@ _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _SAFE = 60.0
 _LOGITS = 1 << 18
 _COLUMN = 1 << 23
-_BIAS_SUMS = 1 << 24
+_BIAS = 1 << 23
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -86,12 +86,13 @@ class _Call:
             tensor = tensor.narrow(1 + axis, before, size)
         return tensor
 
-    def units(self, column: Column) -> Iterator[_Unit]:
-        """The passes over one column, within the limits on memory."""
+    def units(self) -> Iterator[_Unit]:
+        """The passes over the grid, within the limits on memory; each goes through all the columns."""
         problem, cut = self.problem, self.plan
         num_tiles, widest = len(cut.query), max(problem.head_dim, problem.head_dim_v)
-        per_tile = self.group * cut.query.shape[1] * column.num_queries * cut.key.shape[1] * column.num_keys
-        per_head = math.prod(cut.key_grid[:-1] or (1,)) * column.num_keys * widest
+        pairs = max(column.num_queries * column.num_keys for column in cut.columns)
+        per_tile = self.group * cut.query.shape[1] * cut.key.shape[1] * pairs
+        per_head = math.prod(cut.key_grid[:-1]) * max(column.num_keys for column in cut.columns) * widest
         heads = max(1, min(problem.num_heads_kv, _LOGITS // per_tile, _COLUMN // per_head))
         tiles = max(1, min(num_tiles, _LOGITS // (per_tile * heads)))
         chunks = tuple((first, min(first + tiles, num_tiles)) for first in range(0, num_tiles, tiles))
@@ -220,11 +221,11 @@ def _logits(
 
 
 class _BiasCache:
-    """The bias of each chunk for the columns of one kind, where it does not change from unit to unit."""
+    """The bias of each chunk and kind of column, kept where it does not change from batch entry to batch entry."""
 
     def __init__(self, call: _Call, bias: Tensor | None) -> None:
         self.call, self.bias = call, bias
-        self.kind, self.kept = -1, dict[tuple[int, int], Tensor]()
+        self.kept: dict[tuple[int, int, int], Tensor] = {}
         self.size = 0
 
     def get(self, unit: _Unit, column: Column, first: int, last: int) -> Tensor | None:
@@ -233,15 +234,12 @@ class _BiasCache:
             return None
         if self.call.problem.bias == "query":
             return _bias_tiles(self.call, self.bias, unit, column, first, last)
-        if self.kind != column.kind:
-            self.kind, self.size = column.kind, 0
-            self.kept.clear()
-        name = (first, unit.heads.start)
+        name = (first, unit.heads.start, column.kind)
         if name not in self.kept:
             made = _bias_tiles(self.call, self.bias, unit, column, first, last)
-            self.size += made.numel()
-            if self.size > _COLUMN:
+            if self.size + made.numel() > _BIAS:
                 return made
+            self.size += made.numel()
             self.kept[name] = made
         return self.kept[name]
 
@@ -305,9 +303,9 @@ def forward(
     rows, keys, values = call.rows(query), call.rows(call.padded(key)), call.rows(call.padded(value))
     out_rows, lse_rows = call.rows(out), call.rows(lse[..., None])
     added, bounded = _BiasCache(call, bias), _bounded(call, query, key, bias, additional_keys)
-    for column in call.plan.columns:
-        for unit in call.units(column):
-            heads = call.all_heads(unit)
+    for unit in call.units():
+        heads = call.all_heads(unit)
+        for column in call.plan.columns:
             column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
             column_key = call.heads_first("key", keys, unit, column.keys, unit.heads)
             column_value = call.heads_first("value", values, unit, column.keys, unit.heads)
@@ -343,31 +341,26 @@ class _BiasGradient:
     def __init__(self, call: _Call, bias: Tensor) -> None:
         self.call, self.bias = call, bias
         self.total = torch.zeros(bias.shape, dtype=call.dtype)
-        self.kind, self.column = -1, None
-        self.sums: dict[tuple[int, int, int], tuple[_Unit, Tensor]] = {}
+        self.sums: dict[tuple[int, int, int, int], tuple[_Unit, Column, Tensor]] = {}
 
     def add(self, grad: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
         """grad: [b, heads_kv, tiles, group, queries, keys], zero for repeated queries."""
         if self.call.problem.bias == "query":
             self._by_query(grad, unit, column, first, last)
             return
-        if column.kind != self.kind:
-            self.flush()
-            self.kind, self.column = column.kind, column
-        summed, name = grad.sum(0), (first, last, unit.heads.start)
+        summed, name = grad.sum(0), (first, last, unit.heads.start, column.kind)
         if name in self.sums:
-            self.sums[name][1].add_(summed)
+            self.sums[name][2].add_(summed)
         else:
-            self.sums[name] = (unit, summed)
-        if sum(kept.numel() for _, kept in self.sums.values()) > _BIAS_SUMS:
+            self.sums[name] = (unit, column, summed)
+        if sum(kept.numel() for _, _, kept in self.sums.values()) > _BIAS:
             self.flush()
 
     def flush(self) -> None:
-        """Empty the sums over columns of one kind into the table; tiles of a kind share its offsets."""
+        """Empty the sums into the table; the columns of one kind share its offsets."""
         table = self.total.flatten(1)
-        for (first, last, _), (unit, summed) in self.sums.items():
-            assert self.column is not None
-            index = self.call.plan.offset(first, last, self.column).flatten()
+        for (first, last, _, _), (unit, column, summed) in self.sums.items():
+            index = self.call.plan.offset(first, last, column).flatten()
             by_head = summed.transpose(1, 2).flatten(0, 1).flatten(1)
             for head, weights in zip(range(*self.call.all_heads(unit).indices(table.shape[0])), by_head):
                 table[head] += torch.bincount(index, weights.double(), table.shape[1]).to(table.dtype)
@@ -413,16 +406,17 @@ def backward(
     rows, grads, keys, values = (call.rows(t) for t in (query, grad_out, padded_key, padded_value))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_query_rows = call.rows(grad_query)
-    grad_key, grad_value = (torch.zeros(t.shape, dtype=dtype) for t in (padded_key, padded_value))
+    fresh = torch.empty if cut.disjoint else torch.zeros
+    grad_key, grad_value = (fresh(t.shape, dtype=dtype) for t in (padded_key, padded_value))
     grad_keys, grad_values = call.rows(grad_key), call.rows(grad_value)
     added = _BiasCache(call, bias)
     grad_bias = None if bias is None else _BiasGradient(call, bias)
     grad_far_key, grad_far_value = (
         None if t is None else torch.zeros(t.shape, dtype=dtype) for t in (additional_keys, additional_values)
     )
-    for column in cut.columns:
-        for unit in call.units(column):
-            heads = call.all_heads(unit)
+    for unit in call.units():
+        heads = call.all_heads(unit)
+        for column in cut.columns:
             column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
             column_grad = call.heads_first("grad", grads, unit, column.queries, heads)
             column_statistics = call.heads_first("statistics", statistics, unit, column.queries, heads)
@@ -468,7 +462,11 @@ def backward(
                 call.put("grad_query", d_query.mul_(problem.scale), grad_query_rows, unit, column, (first, last))
             for goal, part in ((grad_keys, d_key.mul_(_LN2)), (grad_values, d_value)):
                 goal = goal[unit.batch, ..., column.keys, unit.heads, :]
-                goal += part.movedim(1, -2).unflatten(1, goal.shape[1:-3])
+                part = part.movedim(1, -2).unflatten(1, goal.shape[1:-3])
+                if cut.disjoint:
+                    goal.copy_(part)
+                else:
+                    goal.add_(part)
     if grad_bias is not None:
         grad_bias.flush()
     return (

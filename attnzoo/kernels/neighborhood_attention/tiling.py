@@ -168,6 +168,7 @@ class Plan:
     inverse: Tensor  # [grid rows]
     in_order: bool  # row tiles follow each other without repeats
     keys_in_order: bool  # row tiles' keys do too, without overlap
+    disjoint: bool  # every key of the last axis is in exactly one column
     padding: tuple[int, ...]  # zero keys before and after each axis, as torch.nn.functional.pad counts, last axis first
     key_grid: tuple[int, ...]
     masks: dict[tuple[int, int, int], Tensor | None] = field(default_factory=dict)
@@ -233,7 +234,7 @@ class Plan:
 
 
 def _columns(tiles: AxisTiles) -> tuple[Column, ...]:
-    """The tiles of the last axis as slices without repeats, columns of one kind next to each other."""
+    """The tiles of the last axis as slices without repeats."""
     kinds: dict[tuple, int] = {}
     columns, step = [], tiles.axis.dilation
     for number in range(len(tiles.first)):
@@ -268,7 +269,7 @@ def _columns(tiles: AxisTiles) -> tuple[Column, ...]:
                 present.contiguous(),
             )
         )
-    return tuple(sorted(columns, key=lambda column: column.kind))
+    return tuple(columns)
 
 
 def _tile_shape(axes: tuple[Axis, ...], head_dim: int) -> tuple[int, ...]:
@@ -313,15 +314,18 @@ def _plan(axes: tuple[Axis, ...], head_dim: int, tile: tuple[int, ...] | None) -
     padding = tuple(
         amount for axis in reversed(axes) for amount in (axis.dilation * axis.before, axis.dilation * axis.after)
     )
+    columns = _columns(axis_tiles(axes[-1], shape[-1]))
+    seen = sorted(at for column in columns for at in range(*column.keys.indices(axes[-1].key_size)))
     return Plan(
         rows,
-        _columns(axis_tiles(axes[-1], shape[-1])),
+        columns,
         query,
         valid,
         key,
         inverse.flatten(),
         query.numel() == inverse.numel() and bool((query.flatten() == torch.arange(query.numel())).all()),
         bool((key.flatten() == torch.arange(key.numel())).all()) and int(key[-1, -1]) == math.prod(lead) - 1,
+        seen == list(range(axes[-1].key_size)),
         padding,
         tuple(axis.key_size for axis in axes),
     )

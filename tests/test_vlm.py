@@ -136,6 +136,10 @@ def test_same_answer_another_way(family: str, method: str, way: str) -> None:
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
         "assistant": {"assistant_model": model_of(family, "eager")[0]},
     }[way]
+    try:
+        logits(model, **inputs, **extra)
+    except RuntimeError as broken:
+        pytest.skip(f"this transformers can't do it without an edit either: {broken}")
     with vlm.edit(model, method, **EDITED[method]) as session:
         expected = logits(model, **inputs)
         assert worst(logits(model, session.generate, **inputs, **extra), expected) < ROUNDING

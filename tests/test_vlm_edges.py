@@ -189,6 +189,8 @@ def test_right_padding_and_dropout_and_foreign_masks_are_refused() -> None:
             model(**{**inputs, "attention_mask": mask})
         with pytest.raises(ValueError, match="attention_mask must cover"):
             model(**{**inputs, "attention_mask": mask[:, :3]})
+        with pytest.raises(UnsupportedError, match="'s_aux', which edits don't know"):
+            model(**inputs, s_aux=torch.zeros(8))
     dropping, _ = tiny.build("llava", attention_dropout=0.1)
     dropping.train()
     with vlm.edit(dropping, "pai"), pytest.raises(UnsupportedError, match="dropout"):

@@ -96,7 +96,7 @@ def to_tensor(model: Any, pictures: np.ndarray | Tensor, size: int | None = None
     model of one channel, grey is repeated for one of three. size: resizes to size x size, bilinearly; None leaves them.
     Raises TypeError for pictures of another dtype and ValueError for another shape.
     """
-    batch = torch.from_numpy(np.ascontiguousarray(pictures)) if isinstance(pictures, np.ndarray) else pictures
+    batch = torch.from_numpy(np.array(pictures)) if isinstance(pictures, np.ndarray) else pictures
     if batch.dtype != torch.uint8:
         raise TypeError(f"pictures must be uint8, got {str(batch.dtype).removeprefix('torch.')}")
     if batch.ndim == 3:

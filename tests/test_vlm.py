@@ -17,6 +17,7 @@ from transformers import LogitsProcessor
 
 from attnzoo import vlm
 from attnzoo.errors import SeamError, UnsupportedError
+from attnzoo.vlm import interception
 from attnzoo.vlm.image_tokens import image_positions
 from attnzoo.vlm.layer import edited_layer
 from attnzoo.vlm.pai import pai
@@ -275,6 +276,30 @@ def test_output_attentions_with_eager_are_the_edited_ones() -> None:
     on = [(a[:, :, -1] * image[:, None]).sum(-1) for a in (plain[2], edited[2])]
     assert torch.equal(plain[2][:, :, :-1], edited[2][:, :, :-1]) and torch.equal(plain[1], edited[1])
     assert (edited[2][:, :, -1].sum(-1) - 1).abs().max() < 1e-5 and worst(*on) > 0.01
+
+
+def test_gradients_pass_through_both_formulations() -> None:
+    found = []
+    for implementation in interception.STOCK:
+        model, _ = model_of("llava", implementation)
+        model.zero_grad()
+        with vlm.edit(model, ["pai", ("var", EDITED["var"])]):
+            model(**inputs_of("llava")).logits[:, -1].square().sum().backward()
+        found.append(model.get_input_embeddings().weight.grad.clone())
+        model.zero_grad()
+    assert found[0].abs().max() > 0.1 and worst(*found) < 1e-4 * found[0].abs().max().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_decoding_gives_the_same_answer(method: str) -> None:
+    model, _ = model_of("llava")
+    inputs = inputs_of("llava")
+    compiling = transformers.CompileConfig(fullgraph=False, mode="default", backend="eager")
+    compiling._compile_all_devices = True
+    extra = {"cache_implementation": "static", "compile_config": compiling, "disable_compile": False}
+    with vlm.edit(model, method, **EDITED[method]):
+        assert worst(logits(model, **inputs, **extra), logits(model, **inputs)) < ROUNDING
 
 
 # --- sessions ----------------------------------------------------------------------------------------------------

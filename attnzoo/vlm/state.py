@@ -58,7 +58,8 @@ class CallState:
         """Assign the layer's prompt positions past .. stop - 1 to groups, from their residual stream [B, n, C]."""
         assert self.image is not None and self.real is not None
         memory = self.memory.setdefault(layer, {})
-        own = edit.assign(hidden_states, self.image[:, past:stop], self.real[:, past:stop], memory).to(torch.uint8)
+        image, real = (t[:, past:stop].to(hidden_states.device) for t in (self.image, self.real))
+        own = edit.assign(hidden_states, image, real, memory).to(torch.uint8)
         groups = torch.cat([self.before(self.groups[layer], past, 0), own], 1) if past else own
         self.groups[layer] = groups
         self.sizes[layer] = group_sizes(groups, edit.num_groups)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -81,9 +82,9 @@ def drop_last_control(rows: Sequence[CaptionRow], probability: float) -> dict[st
         raise ValueError(f"probability must be from 0 to 1, got {probability!r}")
     whole, cut = summarise(rows), summarise([_without_last(r) for r in rows])
     mixed = {key: (1 - probability) * whole[key] + probability * cut[key] for key in whole}
-    absent = [(1 - probability) * len(r.absent) + probability * len(_without_last(r).absent) for r in rows]
-    mixed["chair_i"] = sum(absent) / len(rows) / mixed["named"] if mixed["named"] else 0.0
-    return mixed
+    absent = [f["chair_i"] * f["named"] for f in (whole, cut)]  # mean number of absent objects named
+    expected = (1 - probability) * absent[0] + probability * absent[1]
+    return mixed | {"chair_i": expected / mixed["named"] if mixed["named"] else 0.0}
 
 
 def matched_control(rows: Sequence[CaptionRow], chair_s: float) -> tuple[float, dict[str, float]]:
@@ -110,17 +111,11 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     """Wilson's score interval of a proportion (JASA 22, 1927). Raises ValueError unless 0 <= successes <= n, n >= 1."""
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes must be from 0 to n with n at least 1, got successes={successes}, n={n}")
-    z = -_normal_quantile((1 - confidence) / 2)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _normal_quantile(p: float) -> float:
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(p)
 
 
 def bootstrap_interval(

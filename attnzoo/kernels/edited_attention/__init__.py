@@ -17,9 +17,12 @@ softmax: group_output [B, R, H, G, Dv] and group_lse [B, R, H, G]. A key numbere
 not attended to. The groups' masses are softmax(group_lse), so that whatever multiplies p by one factor per group (VAR,
 ACT, GIFT) is a sum over G vectors: `combine_groups`.
 
-Memory: unedited rows go through F.scaled_dot_product_attention, at most MASK_ELEMENTS mask entries at a time; edited
-rows never hold more than SCORE_ELEMENTS logits at a time on the CPU and none on the GPU. Sources: shared/specs/vlm.md
-section 2 ("Fused kernel contract"); PAI 9bbd8bd attention.py; VAR 98e62d6 src/logic/logic.py.
+Memory: unedited rows go through F.scaled_dot_product_attention, at most MASK_ELEMENTS mask entries at a time (with a
+softcap, or where their lse is asked for, they go where the edited rows go). Edited rows hold SCORE_ELEMENTS logits at a
+time on the CPU and in the backward pass, or those of one row where that is more, and none on the GPU; only the back end
+"reference", which serves float64 on a GPU, forms the matrix.
+
+Sources: shared/specs/vlm.md, section 2 ("Fused kernel contract"); PAI 9bbd8bd attention.py; VAR 98e62d6 src/logic/logic.py.
 """
 
 from __future__ import annotations
@@ -119,7 +122,7 @@ def edited_attention(
             pieces.append(combine_groups(group_output, group_lse, factors, renormalise))
         else:
             pieces.append(group_output.squeeze(3))
-        lses.append(torch.logsumexp(group_lse, -1) if group_lse.shape[-1] > 1 else group_lse.squeeze(-1))
+        lses.append(reference.softmax_parts(group_lse)[1])
     output = torch.cat(pieces, 1).contiguous() if pieces else query.new_zeros((*query.shape[:3], value.shape[3]))
     if not return_lse:
         return output

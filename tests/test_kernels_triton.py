@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -389,9 +389,39 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
+def front_ends() -> None:
+    """Every kernel of every case through Triton's front end, every second one with 64-bit offsets; JSON as in `main`."""
+    from attnzoo.kernels import aot
+    from attnzoo.kernels.launch import recording
+    from attnzoo.kernels.neighborhood_attention import triton
+
+    narrow, target = triton.wide, aot.TARGETS["sm_90"]
+    for number, (name, case) in enumerate(CASES.items()):
+        problem = make_problem(case, case.dtype)
+        given = [t if t is None else t.to("meta") for t in make_inputs(case).values()]
+        kernels = []
+        try:
+            triton.wide = (lambda *tensors: True) if number % 2 else narrow
+            with recording("cuda") as launched:
+                out, lse = triton.forward(*given, problem)
+                triton.backward(out, lse if case.grad_lse else None, *given, out, lse, problem)
+            for each in launched:
+                assert "tt.dot" in aot.front_end(each, target)
+                kernels.append(each.kernel.__name__)
+            outcome = "ok"
+        except Exception:  # the case's outcome, as in `main`
+            outcome = traceback.format_exc()
+        finally:
+            triton.wide = narrow
+        print(json.dumps({"name": name, "outcome": outcome, "kernels": kernels}), flush=True)
+
+
 def main(names: list[str]) -> None:
     """Run the named cases and checks; one line of JSON each."""
     torch.set_num_threads(1)
+    if names == ["--front-end"]:
+        front_ends()
+        return
     for name in names:
         torch.manual_seed(0)
         begun = time.perf_counter()
@@ -433,6 +463,95 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.parametrize("name", [*CASES, *CHECKS])
 def test_interpreted(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "ok", outcomes[name]
+
+
+def test_every_case_passes_the_compilers_front_end() -> None:
+    done = in_a_process([__file__, "--front-end"], interpret=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [each["name"] for each in found] == list(CASES), done.stderr[-4000:]
+    for each in found:
+        assert each["outcome"] == "ok", f"{each['name']}:\n{each['outcome'][-4000:]}"
+    assert {kernel for each in found for kernel in each["kernels"]} == FORWARD | BACKWARD
+
+
+def compile_ahead(*arguments: str, timeout: float = 550) -> subprocess.CompletedProcess[str]:
+    """`python -m attnzoo.kernels.aot` with these arguments."""
+    return in_a_process(["-m", "attnzoo.kernels.aot", *arguments], interpret=False, timeout=timeout)
+
+
+def measured(printed: str) -> list[dict[str, str]]:
+    """The rows of a printed table by column name."""
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in printed.splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def check_compiled(done: subprocess.CompletedProcess[str], kernels: set[str], targets: set[str]) -> None:
+    """Every kernel is there for every target, within the limits, and multiplies on the matrix units (16-bit cases)."""
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = measured(done.stdout)
+    assert {(row["kernel"], row["target"]) for row in rows} >= {(k, t) for k in kernels for t in targets}
+    for row in rows:
+        assert 0 < int(row["registers"]) <= 512 and int(row["shared KB"]) > 0, row
+        assert row["case"].startswith("float32") or int(row["matrix instr."]) > 0, row
+
+
+FORWARD = {"na_forward"}
+BACKWARD = {"na_grad_query", "na_grad_key_value", "na_grad_offset_bias", "na_grad_extra"}
+
+
+def test_forward_and_largest_backward_compile_for_every_target() -> None:
+    kernels = {"na_forward", "na_grad_key_value"}
+    targets = {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for kernel in kernels:
+        done = compile_ahead("--kernel", kernel, "--case", "float16 d32 2-D offset bias extra")
+        check_compiled(done, {kernel}, targets)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_case_compiles_within_its_limits() -> None:
+    done = compile_ahead("--all", timeout=3600)
+    check_compiled(done, FORWARD | BACKWARD, {"sm_80", "sm_90", "sm_100", "gfx942"})
+
+
+def test_the_documented_table_has_every_case() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    listed = compile_ahead("--all", "--list")
+    assert listed.returncode == 0, listed.stderr[-4000:]
+    missing = [line for line in listed.stdout.splitlines() if line not in page]
+    assert not missing, "run: python -m attnzoo.kernels.aot --all --write docs/kernels.md\n" + "\n".join(missing)
+
+
+def test_compiling_under_the_interpreter_is_refused() -> None:
+    done = in_a_process(["-m", "attnzoo.kernels.aot"], interpret=True)
+    assert done.returncode == 2 and "TRITON_INTERPRET=1 is set" in done.stderr and not done.stdout
+
+
+def test_a_selection_that_matches_nothing_is_said() -> None:
+    done = compile_ahead("--kernel", "na_sideways")
+    assert done.returncode == 2 and "nothing matches" in done.stderr
+
+
+def test_limits_are_faults_by_name() -> None:
+    from attnzoo.kernels.aot import Measured
+
+    fine = Measured("na_forward", "c", "gfx942", "64 x 64", 4, 2, 200, 0, 65536, 8, 0, 65536)
+    assert fine.faults == []
+    over = replace(fine, spill=8, shared=65537)
+    assert over.faults == ["spills 8 B, allowed 0", "takes 65537 B of shared memory, there are 65536"]
+
+
+def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:
+    from attnzoo.kernels import aot
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{aot.BEGIN}\nold\n{aot.END}\nafter\n")
+    aot.write(page, "new")
+    assert page.read_text() == f"before\n{aot.BEGIN}\nnew\n{aot.END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        aot.write(page, "new")
+    assert page.read_text() == "no marks"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m attnzoo.kernels.aot                          # the quick cases: every kernel once, for every target
     python -m attnzoo.kernels.aot --all                    # every case
     python -m attnzoo.kernels.aot --all --write docs/kernels.md
-    python -m attnzoo.kernels.aot --kernel na_forward --target sm_90 --case "fp16 d64 2-D"
+    python -m attnzoo.kernels.aot --kernel na_forward --target sm_90 --case "float16 d64 2-D"
+    python -m attnzoo.kernels.aot --all --list             # what would be compiled
 
 An operation's Triton module lists its cases in `AOT`: a case is a call of the operation's own launcher on meta tensors,
 so that exactly what would be launched is compiled, with the arguments specialised as Triton specialises them (integers
@@ -149,17 +150,42 @@ def _specialise(launched: Launch, target: Target) -> tuple[dict[str, str], dict[
     return signature, constants, attributes, arguments
 
 
-def _compile(launched: Launch, target: Target) -> tuple[str, Callable[[], Any]]:
-    """(hash of all that decides the result, the compilation itself)."""
-    import triton
+def _source(launched: Launch, target: Target) -> tuple[Any, Any, dict[str, Any]]:
+    """(Triton's source object, Triton's target, options) of a launch."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature, constants, attributes, options = _specialise(launched, target)
     source = ASTSource(fn=launched.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return source, GPUTarget(target.vendor, target.arch, target.warp_size), options
+
+
+def _compile(launched: Launch, target: Target) -> tuple[str, Callable[[], Any]]:
+    """(hash of all that decides the result, the compilation itself)."""
+    import triton
+
+    source, gpu, options = _source(launched, target)
     text = json.dumps([triton.__version__, source.hash(), asdict(target), sorted(options.items())])
-    gpu = GPUTarget(target.vendor, target.arch, target.warp_size)
     return hashlib.sha256(text.encode()).hexdigest(), lambda: triton.compile(source, target=gpu, options=options)
+
+
+def front_end(launched: Launch, target: Target) -> str:
+    """The launch as Triton's intermediate language: types and shapes are checked, nothing is assembled.
+
+    A fraction of a second where a compilation takes several; it finds what the interpreter lets pass. Raises
+    triton's CompilationError for a kernel that is not well-formed.
+    """
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    source, gpu, options = _source(launched, target)
+    backend = make_backend(gpu)
+    parsed = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    return str(source.make_ir(gpu, parsed, functions, modules, context))
 
 
 def _number(pattern: str, text: str, what: str) -> int:
@@ -250,7 +276,7 @@ def cases(quick: bool) -> list[Case]:
     """The cases of all operations; with `quick` the short list."""
     listed: list[Case] = []
     for name in OPERATIONS:
-        listed += [case for case in getattr(importlib.import_module(name), "AOT", ()) if case.quick or not quick]
+        listed += [case for case in importlib.import_module(name).AOT if case.quick or not quick]
     return listed
 
 
@@ -301,26 +327,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", help="only cases whose label contains this text (out of all)")
     parser.add_argument("--kernel", help="only kernels whose name contains this text")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (may be repeated)")
+    parser.add_argument("--list", action="store_true", help="name what would be compiled, and compile nothing")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this Markdown file")
     given = parser.parse_args(arguments)
     if interpreting():
         print("aot: TRITON_INTERPRET=1 is set, so that Triton interprets; unset it to compile", file=sys.stderr)
         return 2
-    rows = []
-    begun = time.perf_counter()
-    for case in cases(quick=not given.all and given.case is None):
-        if given.case is not None and given.case not in case.label:
-            continue
-        for target in (TARGETS[name] for name in given.target or TARGETS):
-            for launched in launches(case, target):
-                if given.kernel is None or given.kernel in launched.kernel.__name__:
-                    row = measure(launched, case, target)
-                    rows.append(row)
-                    told = f"{row.registers} registers, {row.spill} B spilled, {row.shared} B shared"
-                    print(f"{row.kernel} [{row.case}] {row.target}: {told}", file=sys.stderr, flush=True)
-    if not rows:
+    wanted = [
+        (launched, case, target)
+        for case in cases(quick=not given.all and given.case is None)
+        if given.case is None or given.case in case.label
+        for target in (TARGETS[name] for name in given.target or TARGETS)
+        for launched in launches(case, target)
+        if given.kernel is None or given.kernel in launched.kernel.__name__
+    ]
+    if not wanted:
         print("aot: nothing matches --case, --kernel and --target", file=sys.stderr)
         return 2
+    if given.list:
+        print(
+            "\n".join(
+                f"| {launched.kernel.__name__} | {case.label} | {target.name} |" for launched, case, target in wanted
+            )
+        )
+        return 0
+    rows = []
+    begun = time.perf_counter()
+    for launched, case, target in wanted:
+        row = measure(launched, case, target)
+        rows.append(row)
+        told = f"{row.registers} registers, {row.spill} B spilled, {row.shared} B shared"
+        print(f"{row.kernel} [{row.case}] {row.target}: {told}", file=sys.stderr, flush=True)
     rows.sort(key=lambda row: row.kernel)  # stable: cases and targets keep their order
     printed = table(rows)
     print(printed)

@@ -675,19 +675,10 @@ AOT = [
     )
     for dtype, head_dim, rank, bias, extra in (
         (torch.float16, 32, 2, "offset", 16),
-        (torch.float16, 64, 2, "none", 0),
-        (torch.float16, 128, 2, "none", 0),
-        (torch.float16, 256, 2, "none", 0),
-        (torch.float16, 80, 2, "none", 0),
-        (torch.float16, 64, 1, "none", 0),
-        (torch.float16, 128, 3, "none", 0),
-        (torch.float16, 64, 2, "offset", 16),
         (torch.float16, 128, 2, "offset", 16),
-        (torch.float16, 64, 2, "query", 0),
-        (torch.bfloat16, 64, 3, "none", 0),
-        (torch.float32, 32, 2, "offset", 16),
         (torch.float32, 64, 2, "offset", 16),
-        (torch.float32, 128, 2, "offset", 16),
-        (torch.float32, 256, 2, "none", 0),
+        (torch.float16, 64, 3, "offset", 16),
+        (torch.float16, 256, 2, "none", 0),
+        (torch.float32, 128, 2, "none", 0),
     )
 ]

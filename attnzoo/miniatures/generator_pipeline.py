@@ -14,13 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from attnzoo.errors import check_choice, check_range
 from attnzoo.miniatures.world import COLOURS, RELATIONS, SHAPES
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline as _Base
+else:
+    _Base = object  # `pipeline_class` adds the real one, when diffusers is wanted
 
 #: Words that the text encoder knows, in the order of their token numbers after the special ones.
 WORDS = tuple(dict.fromkeys(["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]))
@@ -68,10 +73,15 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
     return tokenizer(list(texts), padding="max_length", return_tensors="pt").input_ids
 
 
-class _GeneratorPipeline:
+class _GeneratorPipeline(_Base):
     """What the pipeline does; `pipeline_class` puts it on diffusers' DiffusionPipeline."""
 
-    model_cpu_offload_seq = "text_encoder->transformer"
+    transformer: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+
+    model_cpu_offload_seq: Any = "text_encoder->transformer"
     _callback_tensor_inputs = list(_CALLBACK_INPUTS)
 
     def __init__(self, transformer: Any, scheduler: Any, text_encoder: Any, tokenizer: Any) -> None:
@@ -90,7 +100,7 @@ class _GeneratorPipeline:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in diffusers, but in float32 unless `dtype` (or `torch_dtype`) says otherwise: a CPU is slow in half."""
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            kwargs["torch_dtype"] = torch.float32
+            kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
@@ -286,7 +296,7 @@ class _GeneratorPipeline:
 
 
 @lru_cache(maxsize=1)
-def pipeline_class() -> type:
+def pipeline_class() -> Any:
     """`MiniatureGeneratorPipeline`, a subclass of diffusers' DiffusionPipeline."""
     from diffusers import DiffusionPipeline
 

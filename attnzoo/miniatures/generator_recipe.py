@@ -20,6 +20,7 @@ from attnzoo.miniatures import training, world
 from attnzoo.miniatures.generator_pipeline import build_tokenizer, pipeline_class, tokenize
 
 STAGES = ("coarse", "fine")
+CHECKPOINT = "checkpoint.pt"
 _DRAWN, _NOISE, _STEPS = 1, 2, 10  # purposes of random streams; every step has its own from _STEPS on
 
 
@@ -89,6 +90,8 @@ class Network(nn.Module):
         width = wanted["num_attention_heads"] * wanted["attention_head_dim"]
         largest = wanted["pos_embed_max_size"] * wanted["patch_size"]  # pixels that have a position
         wanted |= {"patch_size": patch_size, "pos_embed_max_size": largest // patch_size, "sample_size": largest}
+        self.transformer: Any
+        self.text_encoder: Any
         self.transformer = SD3Transformer2DModel(
             **wanted,
             in_channels=3,
@@ -183,7 +186,8 @@ class Run:
             betas=tuple(settings["betas"]),
             weight_decay=settings["weight_decay"],
         )
-        self.step, self.best, self.best_state = 0, math.inf, None
+        self.step, self.best = 0, math.inf
+        self.best_state: dict[str, torch.Tensor] = {}
         self.history: list[dict[str, float]] = []
 
     def begin(self, state: dict[str, torch.Tensor]) -> None:
@@ -259,21 +263,22 @@ class Run:
 def train(out: Path, seed: int, device: str, steps: int | None, progress: bool) -> tuple[Any, dict[str, Any]]:
     """Train by configs/recipes/generator.toml: (pipeline on `device`, what training.json says).
 
-    `out`/checkpoint.pt is written at every validation and removed at the end; where there is one of the same recipe and
-    seed, training goes on from it, to the same result.
+    `out`/checkpoint.pt is written at every validation; where there is one of the same recipe and seed, training goes on
+    from it, to the same result on the same machine.
     """
     recipe = training.capped(training.read_recipe("generator"), steps)
-    checkpoint = out / "checkpoint.pt"
+    checkpoint = out / CHECKPOINT
     tokenizer = build_tokenizer(recipe["text"]["max_length"])
-    torch.manual_seed(seed)
-    networks = {stage: Network(recipe, recipe[stage]["patch_size"], tokenizer).to(device) for stage in STAGES}
+    with training.seeded(seed, device):
+        networks = {stage: Network(recipe, recipe[stage]["patch_size"], tokenizer).to(device) for stage in STAGES}
     with torch.no_grad():
         copy_positions(networks["coarse"], networks["fine"])
     data = recipe["data"]
     scenes = Scenes(data["placed"], data, tokenizer, training.generator("train", seed, _DRAWN))
     held_out = Scenes(recipe["validation"]["scenes"], data, tokenizer, training.generator("validation", seed, _DRAWN))
 
-    label = {"recipe": repr(recipe), "seed": seed}
+    settings = {name: part for name, part in recipe.items() if name not in ("card", "bars")}
+    label = {"recipe": repr(settings), "seed": seed}
     saved = torch.load(checkpoint, map_location=device, weights_only=True) if checkpoint.exists() else {}
     if saved and saved["label"] != label:
         raise ValueError(
@@ -293,7 +298,19 @@ def train(out: Path, seed: int, device: str, steps: int | None, progress: bool) 
         taken = run.averaged()
     network = networks["fine"]
     network.load_state_dict(run.best_state)
-    return assemble(network.eval(), recipe, tokenizer), finish(report, recipe, seed, steps, device, checkpoint)
+    best = min(report["history"]["fine"], key=lambda entry: entry["validation"])
+    return assemble(network.eval(), recipe, tokenizer), {
+        **training.Clock().report(seed, steps, device),
+        **report,
+        "cpu_seconds_by_stage": _by_stage(report),
+        "kept_step": best["step"],
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
+
+
+def _by_stage(report: dict[str, Any]) -> dict[str, float]:
+    ends = [report["history"][name][-1]["cpu_seconds"] for name in STAGES]
+    return {name: round(end - start, 1) for name, start, end in zip(STAGES, [0.0, *ends], ends)}
 
 
 def run_stage(
@@ -349,16 +366,6 @@ def assemble(network: Network, recipe: dict[str, Any], tokenizer: Any) -> Any:
         text_encoder=network.text_encoder,
         tokenizer=tokenizer,
     )
-
-
-def finish(
-    report: dict[str, Any], recipe: dict[str, Any], seed: int, steps: int | None, device: str, checkpoint: Path
-) -> dict[str, Any]:
-    """What training.json says; the checkpoint has done its work."""
-    fine = report["history"]["fine"]
-    best = min(fine, key=lambda entry: entry["validation"])
-    checkpoint.unlink(missing_ok=True)
-    return training.Clock().report(seed, steps, device) | report | {"kept_step": best["step"], "recipe": recipe}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -54,6 +54,7 @@ def _reasons(name: str) -> dispatch.Reasons:
 
 
 _REASONS: dict[str, dispatch.Reasons] = {name: _reasons(name) for name in dispatch.BACKENDS}
+_OPERATOR_REASONS = {name: reasons for name, reasons in _REASONS.items() if name != "flex"}  # flex has its own autograd
 
 
 def _bias_kind(bias: Tensor | None, rank: int) -> str:
@@ -147,7 +148,7 @@ def _geometry(
     return kernel_size, stride, dilation, is_causal
 
 
-def _problem(tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Problem:
+def _problem(tensors: Sequence[Tensor | None], options: Sequence[Any], return_lse: bool = False) -> Problem:
     """The operator's arguments as one value."""
     query, key, value, bias, additional_keys, _ = tensors
     assert query is not None and key is not None and value is not None
@@ -171,6 +172,7 @@ def _problem(tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Proble
         dtype=query.dtype,
         requires_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors),
         device_type=query.device.type,
+        return_lse=return_lse,
     )
 
 
@@ -180,7 +182,7 @@ def _problem(tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Proble
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, options = arguments[:6], arguments[6:]
     problem = _problem(tensors, options)
-    backend = dispatch.choose(NAME, options[-1], problem, tensors[0].device, _REASONS)
+    backend = dispatch.choose(NAME, options[-1], problem, tensors[0].device, _OPERATOR_REASONS)
     return _backend(backend).forward(*(t if t is None else library.last_dim_contiguous(t) for t in tensors), problem)
 
 
@@ -194,7 +196,7 @@ def _backward(
     gradients: tuple, tensors: tuple, results: tuple, options: tuple, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     problem = _problem(tensors, options)
-    backend = dispatch.choose(NAME, options[-1], problem, tensors[0].device, _REASONS)
+    backend = dispatch.choose(NAME, options[-1], problem, tensors[0].device, _OPERATOR_REASONS)
     out, lse = results
     grad_out = torch.zeros_like(out) if gradients[0] is None else library.last_dim_contiguous(gradients[0])
     given = (t if t is None else library.last_dim_contiguous(t) for t in tensors)
@@ -247,10 +249,10 @@ def _prepare(
 
 def _describe(*args: Any, **kwargs: Any) -> tuple[Problem, torch.device]:
     """What `not_supported_reasons` asks about, from the public function's arguments."""
-    kwargs = {name: value for name, value in kwargs.items() if name != "return_lse"}
+    return_lse = bool(kwargs.pop("return_lse", False))
     tensors, options = _prepare(*args, **kwargs)
     assert tensors[0] is not None
-    return _problem(tensors, options), tensors[0].device
+    return _problem(tensors, options, return_lse), tensors[0].device
 
 
 dispatch.register(NAME, _REASONS, _describe)
@@ -314,8 +316,11 @@ def neighborhood_attention(
     )
     check_choice("backend", backend, ("auto", *dispatch.BACKENDS))
     if not torch.compiler.is_compiling():  # a compiled graph must not freeze the choice: there the operator chooses
-        backend = dispatch.choose(NAME, backend, _problem(tensors, options), query.device, _REASONS)
-    out, lse = _operator(*tensors, *options, backend)
+        backend = dispatch.choose(NAME, backend, _problem(tensors, options, return_lse), query.device, _REASONS)
+    if backend == "flex":
+        out, lse = _backend("flex").attend(*tensors, _problem(tensors, options, return_lse))
+    else:
+        out, lse = _operator(*tensors, *options, backend)
     return (out, lse) if return_lse else out
 
 

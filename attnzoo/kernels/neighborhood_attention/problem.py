@@ -70,7 +70,8 @@ class Problem:
     bias: "none" | "offset" ([heads, *(2 * kernel_size - 1)], indexed by key - query in dilated units, plus K - 1)
     | "query" ([B or 1, *grid, heads, prod(kernel_size)], window positions row-major).
     num_additional: extra keys/values that every query also sees, in the same softmax.
-    requires_grad, device_type: whether a backward pass will follow, and where; only `reasons` functions read them.
+    requires_grad, device_type, return_lse: whether a backward pass will follow, where, and whether lse was asked for;
+        only `reasons` functions read them.
     """
 
     batch: int
@@ -90,6 +91,7 @@ class Problem:
     dtype: torch.dtype
     requires_grad: bool = False
     device_type: str = "cpu"
+    return_lse: bool = False
 
     @property
     def rank(self) -> int:

@@ -22,7 +22,7 @@ softcap, or where their lse is asked for, they go where the edited rows go). Edi
 time on the CPU and in the backward pass, or those of one row where that is more, and none on the GPU; only the back end
 "reference", which serves float64 on a GPU, forms the matrix.
 
-Sources: shared/specs/vlm.md, section 2 ("Fused kernel contract"); PAI 9bbd8bd attention.py; VAR 98e62d6 src/logic/logic.py.
+Sources: shared/specs/vlm.md section 2 (kernel contract); PAI 9bbd8bd attention.py; VAR 98e62d6 src/logic/logic.py.
 """
 
 from __future__ import annotations

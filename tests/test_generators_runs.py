@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -91,11 +92,18 @@ def test_branches_are_the_names_that_the_pipeline_gives() -> None:
     different = [dense.latents[-1], ends["cond"], ends["uncond"], ends["None"]]
     assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(different) for b in different[:i])
     case = build("flux")
-    with (
-        generators.enable(case.model, "gna", kernel_size=3, branches="cond"),
-        pytest.raises(UnsupportedError, match="cache_context"),
-    ):
-        run(case)
+    for name in (None, "cond_uncond"):  # no name; both branches in one batch (CogVideoX, LTX)
+        scope = contextlib.nullcontext() if name is None else case.model.cache_context(name)
+        with (
+            scope,
+            generators.enable(case.model, "gna", kernel_size=3, branches="cond"),
+            pytest.raises(UnsupportedError, match="cache_context"),
+        ):
+            run(case)
+    with generators.enable(case.model, "gna", kernel_size=3):
+        on = run(case)
+    with generators.enable(case.model, "gna", kernel_size=3, branches=["cond", "uncond"]):
+        assert torch.equal(run(case), on)
 
 
 def test_image_to_image_begins_later_in_the_schedule_and_shares_the_denoiser() -> None:

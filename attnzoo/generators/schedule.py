@@ -13,6 +13,8 @@ import torch
 from attnzoo.errors import UnsupportedError
 from attnzoo.generators.layout import StepContext
 
+_WHOLE = ("all", "cond_uncond")  # calls that hold every branch; the second is diffusers' own name for one
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -26,12 +28,13 @@ class Schedule:
     def active(self, ctx: StepContext) -> bool:
         """Whether the method acts in a forward at `ctx`. Raises UnsupportedError where `ctx` can't tell."""
         if self.branches is not None:
-            if ctx.branch == "all":
+            if ctx.branch in _WHOLE and ctx.branch not in self.branches and not self.branches >= {"cond", "uncond"}:
                 raise UnsupportedError(
-                    f"branches={sorted(self.branches)}: this call carries no branch name (its pipeline runs all "
-                    "branches in one batch, or the model runs bare): use model.cache_context(name), or branches=None"
+                    f"branches={sorted(self.branches)}: this call carries no single branch's name (its pipeline runs "
+                    "all branches in one batch, or the model runs bare): use model.cache_context(name), or "
+                    "branches=None"
                 )
-            if ctx.branch not in self.branches:
+            if ctx.branch not in _WHOLE and ctx.branch not in self.branches:
                 return False
         if self.steps is None:
             return True

@@ -10,7 +10,7 @@ from attnzoo.vlm.edits import Edit, LogitMap
 
 
 def pai(text_config: Any, alpha: float = 0.2, layers: object = None, compat: str | None = None) -> tuple[Edit, ...]:
-    """The edit of PAI (section 3.2): s <- s + alpha |s| on the image keys' logits of the rows that predict the answer.
+    """The edit of PAI: s <- s + alpha |s| on the image keys' logits of the rows that predict the answer.
 
     alpha: the authors' README uses 0.2; the paper's captioning runs 0.5. 0 changes nothing.
     layers: an iterable of layer indices; None means all from the third on (2, 3, ...), as the authors do.

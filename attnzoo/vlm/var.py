@@ -36,7 +36,7 @@ def sink_scores(hidden_states: Tensor, dim_sink: Tensor) -> Tensor:
 
 
 def var_sinks(hidden_states: Tensor, dim_sink: Tensor | list[int] | tuple[int, ...], tau: float = 20.0) -> Tensor:
-    """bool [B, N]: which tokens are attention sinks (paper, section 3.2).
+    """bool [B, N]: which tokens are attention sinks (logic.py, DimProspector).
 
     hidden_states [B, N, C]: the residual stream that enters a layer. Raises ValueError for a dimension that it has not.
     """
@@ -70,7 +70,7 @@ def var_groups(sinks: Tensor, image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VarRule:
-    """Which rows give, and how much: masses of the four groups -> factors (paper, sections 4.1 and 4.2)."""
+    """Which rows give, and how much: masses of the four groups -> factors (HeadFork, VARProcessor)."""
 
     p: float = 0.6
     rho: float = 0.5

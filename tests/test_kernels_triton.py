@@ -390,7 +390,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def front_ends() -> None:
-    """Every kernel of every case through Triton's front end, every second one with 64-bit offsets; JSON as in `main`."""
+    """Every kernel of every case through Triton's front end, every second with 64-bit offsets; JSON as in `main`."""
     from attnzoo.kernels import aot
     from attnzoo.kernels.launch import recording
     from attnzoo.kernels.neighborhood_attention import triton

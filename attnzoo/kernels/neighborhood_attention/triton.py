@@ -390,17 +390,19 @@ def bucket(head_dim: int, head_dim_v: int) -> int:
 
 
 @functools.cache
-def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, maker: str) -> Config:
+def config(
+    kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, biased: bool, maker: str
+) -> Config:
     """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
 
-    maker is "cuda", "hip" or "interpreter": an entry may carry other numbers for "hip" beside its own, and the
-    interpreter, whose cost is per step and not per element, has tiles of its own.
+    An entry may carry other numbers for calls with a bias ("biased": its indices take registers), and for "hip", which
+    win. maker is "cuda", "hip" or "interpreter"; the interpreter, whose cost is per step, has tiles of its own.
     """
     if maker == "interpreter":
         entry = _table()["interpreter"]
     else:
         entry = _table()["kernels"][kernel][str(itemsize)][str(bucket(head_dim, head_dim_v))]
-        entry = {**entry, **(entry.get("hip", {}) if maker == "hip" else {})}
+        entry = entry | (entry.get("biased", {}) if biased else {}) | (entry.get("hip", {}) if maker == "hip" else {})
     shapes = _table()["tiles"][str(rank)]
 
     def tile(tokens: int) -> tuple[int, int, int]:
@@ -412,7 +414,8 @@ def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int
 
 def config_for(kernel: str, problem: Problem) -> Config:
     """The configuration of one kernel for a problem, on the GPUs that this torch was built for."""
-    return config(kernel, problem.rank, problem.head_dim, problem.head_dim_v, problem.dtype.itemsize, vendor())
+    dims = problem.head_dim, problem.head_dim_v
+    return config(kernel, problem.rank, *dims, problem.dtype.itemsize, problem.bias != "none", vendor())
 
 
 def precision() -> str:
@@ -665,7 +668,7 @@ def _call_on_meta(
 
 
 _SPILLS = dict.fromkeys(("na_grad_query", "na_grad_key_value", "na_grad_offset_bias", "na_grad_extra"), 64)
-_GRIDS = {1: ((2048,), (255,)), 2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
+_GRIDS = {2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
 AOT = [
     Case(
         f"{str(dtype)[6:]} d{head_dim} {rank}-D" + (f" {bias} bias" if bias != "none" else "") + " extra" * bool(extra),
@@ -675,10 +678,8 @@ AOT = [
     )
     for dtype, head_dim, rank, bias, extra in (
         (torch.float16, 32, 2, "offset", 16),
+        (torch.float16, 64, 3, "offset", 16),
         (torch.float16, 128, 2, "offset", 16),
         (torch.float32, 64, 2, "offset", 16),
-        (torch.float16, 64, 3, "offset", 16),
-        (torch.float16, 256, 2, "none", 0),
-        (torch.float32, 128, 2, "none", 0),
     )
 ]

@@ -3,10 +3,10 @@
     python -m benchmarks.ops neighborhood_attention [--threads 1] [--device cpu|cuda] [--only NAME] [--json FILE]
 
 Per input: the operation is compared with its own reference (output and gradients); where they disagree, no speed is
-printed and the exit status is 1. On the CPU the number is dense time / our time, from medians of interleaved runs of the
-thread's CPU time (one thread), beside wall-clock ratios with two threads. "dense" is torch's scaled_dot_product_attention
-over all tokens without a mask; NATTEN's CPU path joins where natten can be imported. On a GPU it is milliseconds and the
-GPU's name.
+printed and the exit status is 1. On the CPU the number is dense time / our time, from medians of interleaved runs of
+the thread's CPU time (one thread), beside wall-clock ratios with two threads. "dense" is scaled_dot_product_attention
+over all tokens without a mask; NATTEN's CPU path joins where natten can be imported. On a GPU it is milliseconds and
+the GPU's name.
 """
 
 from __future__ import annotations
@@ -62,16 +62,17 @@ def contenders(case: dict[str, Any], device: str) -> tuple[dict[str, Callable[[]
     """What runs on one case, by name, "ours" and "dense" among them; their inputs; the output's gradient."""
     qkv, bias, grad = tensors(case, device)
     options = {k: v for k, v in case.items() if k not in SHAPE}
-    heads_first = [t.flatten(1, -3).transpose(1, 2) for t in qkv]
+    query, key, value = qkv
+    q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in qkv)
 
     def ours() -> Tensor:
-        return neighborhood_attention(*qkv, **options, bias=bias)
+        return neighborhood_attention(query, key, value, **options, bias=bias)
 
     def reference() -> Tensor:
-        return neighborhood_attention(*qkv, **options, bias=bias, backend="reference")
+        return neighborhood_attention(query, key, value, **options, bias=bias, backend="reference")
 
     def dense() -> Tensor:
-        return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).reshape(grad.shape)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(grad.shape)
 
     found: dict[str, Callable[[], Tensor]] = {"ours": ours, "reference": reference, "dense": dense}
     if bias is None and importlib.util.find_spec("natten") is not None:

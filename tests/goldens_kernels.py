@@ -18,7 +18,7 @@ def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = 
         if "rpb" in given:
             found = _relative_bias(given, window, backend)
         else:
-            extra = {k: given.get(k) for k in ("additional_keys", "additional_values")}
+            extra: dict[str, Any] = {k: given.get(k) for k in ("additional_keys", "additional_values")}
             out, lse = neighborhood_attention(
                 given["q"], given["k"], given["v"], **window, **extra, return_lse=True, backend=backend or "auto"
             )

@@ -98,7 +98,7 @@ def _check_tensors(
     if shape[-2] % heads_kv:
         raise ValueError(f"query's heads must be a multiple of key's, got {shape[-2]} and {heads_kv}")
     if additional_keys is not None and additional_values is not None:
-        wanted = (shape[0], additional_keys.shape[1], heads_kv)
+        wanted: tuple[int, ...] = (shape[0], additional_keys.shape[1], heads_kv)
         if tuple(additional_keys.shape) != (*wanted, shape[-1]):
             got = tuple(additional_keys.shape)
             raise ValueError(f"additional_keys must be [B, any, heads_kv, head_dim] {(*wanted, shape[-1])}, got {got}")

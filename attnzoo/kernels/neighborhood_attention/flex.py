@@ -131,7 +131,7 @@ def attend(
         flat = grid.flatten(1, problem.rank)
         return (flat if extra is None else torch.cat([flat, extra], 1)).transpose(1, 2)
 
-    run = _compiled() if compiled else flex_attention
+    run: Any = _compiled() if compiled else flex_attention
     with warnings.catch_warnings():
         if not compiled:
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

@@ -110,14 +110,16 @@ class AxisTiles:
 def axis_tiles(axis: Axis, tile: int) -> AxisTiles:
     """The axis in tiles of `tile` queries (fewer where no dilation group has as many)."""
     windows = axis_windows(axis.size, axis.kernel_size, axis.stride, axis.dilation, axis.is_causal, axis.border)
-    coordinates, valid, lengths = [], [], []
+    coordinates: list[Tensor] = []
+    valid: list[Tensor] = []
+    lengths: list[Tensor] = []
     tile = min(tile, -(-axis.size // axis.dilation))
     for group in range(min(axis.dilation, axis.size)):
-        length = -(-(axis.size - group) // axis.dilation)
-        at = torch.arange(-(-length // tile) * tile)
-        coordinates.append(group + axis.dilation * at.clamp(max=length - 1))
-        valid.append(at < length)
-        lengths.append(torch.full((len(at) // tile,), length + axis.before + axis.after))
+        count = -(-(axis.size - group) // axis.dilation)
+        at = torch.arange(-(-count // tile) * tile)
+        coordinates.append(group + axis.dilation * at.clamp(max=count - 1))
+        valid.append(at < count)
+        lengths.append(torch.full((len(at) // tile,), count + axis.before + axis.after))
     query, is_valid = torch.cat(coordinates).view(-1, tile), torch.cat(valid).view(-1, tile)
     length = torch.cat(lengths)
     low, high = windows.low[query] + axis.before, windows.high[query] + axis.before

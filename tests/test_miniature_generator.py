@@ -73,7 +73,7 @@ def test_image_tokens_are_256_at_32_pixels(pipe):
 
 
 def test_single_objects_are_recognised(pipe):
-    result = generator.evaluate(pipe, per_class=1, pairs=8, seed=11, num_inference_steps=16)
+    result = generator.evaluate(pipe, per_class=1, pairs=8, seed=11, num_inference_steps=12)
     assert len(result["single"]) == 24
     assert result["single"].mean() >= 0.7 and result["single_colour"].mean() >= 0.9
     assert result["pair_colours"].mean() >= 0.5

@@ -132,7 +132,7 @@ def evaluate(
     }
 
 
-def halves_match(image: np.ndarray, prompt: str, distance: float = 60.0, least: int = 20) -> bool:
+def halves_match(image: np.ndarray, prompt: str, distance: float = 40.0, least: int = 20) -> bool:
     """Whether each half of `image` (uint8 [S, S, 3]) holds mostly the colour that `prompt` puts there.
 
     A pixel has the world's colour that it is nearest to, if nearer than `distance` (Euclidean, grey levels); a half

@@ -267,6 +267,8 @@ def train(out: Path, seed: int, device: str, steps: int | None, progress: bool) 
     from it, to the same result on the same machine.
     """
     recipe = training.capped(training.read_recipe("generator"), steps)
+    if steps is not None:
+        recipe["data"]["placed"] = min(recipe["data"]["placed"], 2 * steps * recipe["fine"]["batch"])
     checkpoint = out / CHECKPOINT
     tokenizer = build_tokenizer(recipe["text"]["max_length"])
     with training.seeded(seed, device):

@@ -108,7 +108,7 @@ def ask(image: np.ndarray | None, prompt: str, method: str, alpha: float) -> tup
         made = model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
         return processor.batch_decode(made, skip_special_tokens=True)[0]
 
-    settings = {"alpha": alpha, "layers": None} if method == "pai" else {}
+    settings = {"layers": range(4)} | ({"alpha": alpha} if method == "pai" else {})
     try:
         plain = answer()
         with vlm.edit(model, method, **settings):

@@ -135,8 +135,6 @@ def test_a_room_needs_no_other_rooms_upstream(room: str, allowed: set[str]):
         "matplotlib",
         "sklearn",
     } - allowed
-    if room in ("generators", "vlm"):
-        blocked.add("torchvision")  # timm's need, and transformers' only for fast image processors
     run_python(BLOCK.format(blocked=blocked) + f"import attnzoo, importlib; importlib.import_module('attnzoo.{room}')")
 
 

@@ -30,9 +30,10 @@ PROMPTS = (
 )
 WINDOWS = (12, 8, 4)
 EDITS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("PAI, alpha 0.2", "pai", {"alpha": 0.2, "layers": None}),
-    ("PAI, alpha 0.5", "pai", {"alpha": 0.5, "layers": None}),
-    ("VAR, the paper's tau", "var", {}),
+    # The authors spare layers 0 and 1 of 32; of four layers that would spare half.
+    ("PAI, alpha 0.2", "pai", {"alpha": 0.2, "layers": range(4)}),
+    ("PAI, alpha 0.5", "pai", {"alpha": 0.5, "layers": range(4)}),
+    ("VAR", "var", {"layers": range(4)}),
 )
 
 

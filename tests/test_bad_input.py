@@ -88,7 +88,7 @@ BACKBONES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "pad_small",
     ),
-    "unknown model": (lambda: attnzoo.backbones.classify([], model="dinat_tinny"), ValueError, "dinat_tiny"),
+    "unknown model": (lambda: attnzoo.backbones.classify([blank()], model="dinat_tinny"), ValueError, "dinat_tiny"),
     "checkpoint that is not there": (
         lambda: attnzoo.backbones.classify([blank()], model="nat_mini", checkpoint="nowhere.pth"),
         ReachError,

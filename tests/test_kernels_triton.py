@@ -352,9 +352,13 @@ def windows_and_their_inverse() -> None:
         found = torch.zeros(5, size, dtype=torch.int32)
         windows_of[(1,)](*columns, found, size, causal, border)
         first, last, start, low, high = found[:, : len(kept)].tolist()
+        rules = {
+            axis: [getattr(axis_windows(*axis, 1, causal, border), part).tolist() for part in ("low", "high", "start")]
+            for axis in {(length, kernel, stride) for _, length, kernel, stride, _, _ in kept}
+        }
         for n, (p, length, kernel, stride, a, b) in enumerate(kept):
-            rule = axis_windows(length, kernel, stride, 1, causal, border)
-            want = (rule.low[p].item(), rule.high[p].item() + 1, rule.start[p].item())
+            lows, highs, starts = rules[length, kernel, stride]
+            want = (lows[p], highs[p] + 1, starts[p])
             assert (first[n], last[n], start[n]) == want, (
                 f"window of {kept[n]}: {(first[n], last[n], start[n])}, {want}"
             )
@@ -514,9 +518,9 @@ def test_every_case_compiles_within_its_limits() -> None:
     check_compiled(done, FORWARD | BACKWARD, {"sm_80", "sm_90", "sm_100", "gfx942"})
 
 
-def test_the_documented_table_has_every_case() -> None:
+def test_the_documented_table_has_every_quick_case() -> None:
     page = (ROOT / "docs" / "kernels.md").read_text()
-    listed = compile_ahead("--all", "--list")
+    listed = compile_ahead("--list", "--kernel", "na_")
     assert listed.returncode == 0, listed.stderr[-4000:]
     missing = [line for line in listed.stdout.splitlines() if line not in page]
     assert not missing, "run: python -m attnzoo.kernels.aot --all --write docs/kernels.md\n" + "\n".join(missing)

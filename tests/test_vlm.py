@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 import transformers
 import vlm_models as tiny
+from packaging.version import Version
 from transformers import LogitsProcessor
 
 from attnzoo import vlm
@@ -143,6 +144,8 @@ def test_same_answer_another_way(family: str, method: str, way: str) -> None:
         pytest.skip(f"this transformers can't do it without an edit either: {broken}")
     with vlm.edit(model, method, **EDITED[method]) as session:
         expected = logits(model, **inputs)
+        if way == "assistant" and family == "gemma3" and Version(transformers.__version__) < Version("5.23"):
+            pytest.skip("before 5.23, a rejected draft leaves Gemma 3's sliding mask shorter than its keys")
         assert worst(logits(model, session.generate, **inputs, **extra), expected) < ROUNDING
         if way != "no cache":
             assert worst(logits(model, **inputs, **extra), expected) < ROUNDING

@@ -79,6 +79,12 @@ def use_backend(backend: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@torch.compiler.assume_constant_result
+def _forced_here() -> str | None:
+    """What use_backend says here; in a compiled graph, what it said while tracing (torch 2.11 can't trace the read)."""
+    return _forced.get()
+
+
 def interpreting() -> bool:
     """True where Triton kernels run through its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -99,7 +105,7 @@ def choose(operation: str, backend: str, problem: Any, device: torch.device, rea
     Raises ValueError for an unknown name and UnsupportedError, listing every reason, where the asked one can't serve.
     """
     check_choice("backend", backend, ("auto", *reasons))
-    asked = backend if backend != "auto" else _forced.get()
+    asked = backend if backend != "auto" else _forced_here()
     if asked is not None:
         if asked not in reasons:
             raise UnsupportedError(

@@ -93,10 +93,15 @@ def resolve_rows(rows: tuple[int, int | None] | None, num_queries: int) -> tuple
         isinstance(rows, tuple) and len(rows) == 2 and isinstance(rows[0], int) and isinstance(rows[1], int | None)
     ):
         raise TypeError(f"rows must be None or a pair (start, stop) of integers, stop may be None; got {rows!r}")
-    start, stop, _ = slice(*rows).indices(num_queries)
+    start, stop = (_position(end, num_queries) for end in (rows[0], num_queries if rows[1] is None else rows[1]))
     if not -num_queries <= rows[0] <= num_queries or stop < start:
         raise ValueError(f"rows must lie within the {num_queries} query rows with start <= stop, got {rows!r}")
     return start, stop
+
+
+def _position(end: int, length: int) -> int:
+    """`end` of a slice as a position; slice.indices does this, but torch 2.11 can't trace it."""
+    return min(max(end + length if end < 0 else end, 0), length)
 
 
 def _check_broadcast(name: str, tensor: Tensor, wanted: Iterable[tuple[str, int, bool]]) -> None:

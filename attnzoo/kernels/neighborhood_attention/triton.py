@@ -390,9 +390,7 @@ def bucket(head_dim: int, head_dim_v: int) -> int:
 
 
 @functools.cache
-def config(
-    kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, biased: bool, maker: str
-) -> Config:
+def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, biased: bool, maker: str) -> Config:
     """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
 
     An entry may carry other numbers for calls with a bias ("biased": its indices take registers), and for "hip", which

@@ -300,7 +300,7 @@ def pipeline_class() -> Any:
     """`MiniatureGeneratorPipeline`, a subclass of diffusers' DiffusionPipeline."""
     from diffusers import DiffusionPipeline
 
-    body = {"__doc__": _GeneratorPipeline.__call__.__doc__, "__module__": __name__}
+    body = {"__doc__": __doc__, "__module__": __name__}
     return type("MiniatureGeneratorPipeline", (_GeneratorPipeline, DiffusionPipeline), body)
 
 

@@ -44,7 +44,6 @@ def draw_scene(kind: str, seed: float) -> np.ndarray:
     return np.asarray(Image.fromarray(scene.image).resize((240, 240), Image.Resampling.NEAREST))
 
 
-@torch.inference_mode()
 def look(image: np.ndarray | None, name: str) -> tuple[dict[str, float], list[tuple[np.ndarray, str]]]:
     """The classifier's five likeliest classes, and where each stage looks."""
     picture = _bounded(image)

@@ -190,6 +190,9 @@ def test_saliency(family):
     assert [tuple(m.shape) for m in maps] == shapes
     for m in maps:
         assert m.mean().item() == pytest.approx(1.0, abs=1e-5) and m.min() >= 0 and m.std() > 0.01
+    with torch.inference_mode():
+        again = attention_saliency(model, image, relative=False)
+    assert all(torch.equal(a, b) for a, b in zip(again, maps, strict=True))
     norms = feature_norms(model, image)
     assert [tuple(n.shape) for n in norms] == shapes
     assert torch.equal(model(image[None]), before)

@@ -115,9 +115,9 @@ class RelPosAttention2D(nn.Module):
 
     def attention_received(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attention that each token of x receives from all queries, and the even share, 1: [B, H, W, heads]."""
-        with torch.no_grad():
-            query, key, value = self._project(x)
-            bias = self.relative_position_bias(*x.shape[1:3]).to(query.dtype)
+        with torch.inference_mode(False), torch.no_grad():  # clone: what inference mode made can't be differentiated
+            query, key, value = self._project(x.clone())
+            bias = self.relative_position_bias(*x.shape[1:3]).to(query.dtype).clone()
         received = attention_received(lambda v: self._attend(query, key, v, bias), value)
         return received, torch.ones_like(received)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ Arguments = Mapping[str, Any]
 _OUTSIDE = "enable on the compiled model (torch.compile first, then enable), or compile its blocks instead"
 
 
-class Family:
+class Family(ABC):
     """Base of the adapters, one object per denoiser. rank: axes of the grid; text: where text tokens stand."""
 
     rank = 2
@@ -44,13 +45,13 @@ class Family:
             return None
         return "image" if self.text == "none" else "joint"
 
+    @abstractmethod
     def grid(self, given: Arguments) -> tuple[int, ...]:
         """The grid of one forward's arguments, in tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """The grid of latents of `frames` x `height` x `width` latent pixels (before any packing)."""
-        raise NotImplementedError
 
     def grid_at(self, name: str, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The grid that the layer `name` sees, where the model's is `grid`."""

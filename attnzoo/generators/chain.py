@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -39,7 +40,7 @@ class Layer:
     dropout_p: float = 0.0
 
 
-class Method:
+class Method(ABC):
     """Base of the methods. One object serves one denoiser for the life of its handle."""
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class Method:
         """rank: axes of the model's grid. A method adds its own arguments, all by keyword, and checks them here."""
         self.rank = rank
 
+    @abstractmethod
     def attend(
         self,
         query: Tensor,
@@ -64,11 +66,10 @@ class Method:
 
         `next(query, key, value, mask)` is the rest of the chain; at the end stands the stock SDPA call.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The method's arguments, for the report."""
-        raise NotImplementedError
 
     def density(self, layout: TokenLayout) -> float:
         """Share of query-key pairs of the whole sequence that are computed under `layout`."""

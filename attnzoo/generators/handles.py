@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -205,4 +206,15 @@ def _build(denoiser: Denoiser, name: str, options: dict[str, Any]) -> tuple[Meth
         choose_branches(options.pop("branches", None)),
         choose_heads(options.pop("heads", None)),
     )
+    _check_options(name, options)
     return METHODS[name](denoiser.family.rank, **options), schedule
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError, in the caller's words, unless `options` are what the method takes."""
+    taken = [p for p in inspect.signature(METHODS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = [p.name for p in taken]
+    if missing := [p.name for p in taken if p.default is p.empty and p.name not in options]:
+        raise TypeError(f"method {name!r} needs {', '.join(missing)}=; it takes {', '.join(known)}")
+    if unknown := [option for option in options if option not in known]:
+        raise TypeError(f"method {name!r} takes no {', '.join(unknown)}; it takes {', '.join(known)}")

@@ -76,7 +76,6 @@ def _points(difference: tuple[float, float, float]) -> str:
 # ------------------------------------------------------------------------------------------------------------ backbones
 
 
-@torch.inference_mode()
 def _backbones(page: Page, pictures: Path, seed: int, quick: bool, progress: bool) -> dict[str, Any]:
     """Held-out digits and scenes classified, and where each stage looks, on a photograph too."""
     from attnzoo.backbones import attention_saliency
@@ -125,8 +124,8 @@ def _backbones(page: Page, pictures: Path, seed: int, quick: bool, progress: boo
     page.figure(
         sheet,
         "Attention that each position receives in the last block of each stage, mean over heads, stretched to its own "
-        "extremes. The photograph is scikit-learn's flower.jpg; this model has never seen a photograph, so its maps "
-        "show the mechanism at another size and shape, not knowledge.",
+        "2nd and 98th percentile. The photograph is scikit-learn's flower.jpg; this model has never seen a photograph, "
+        "so its maps show the mechanism at another size and shape, not knowledge.",
     )
     return figures
 
@@ -288,9 +287,9 @@ def _plot(page: Page, pictures: Path, runs: dict[str, list[evaluate.CaptionRow]]
     axes.plot(
         [c["chair_s"] for c in control], [c["recall"] for c in control], "--", color="grey", label="say less (control)"
     )
-    for name, captions in runs.items():
+    for marker, (name, captions) in zip("o^sx", runs.items(), strict=True):
         at = evaluate.summarise(captions)
-        axes.scatter(at["chair_s"], at["recall"], label=name, zorder=3)
+        axes.scatter(at["chair_s"], at["recall"], label=name, marker=marker, s=60, zorder=3)
     axes.set_xlabel("CHAIR_s (captions that name an absent object)")
     axes.set_ylabel("recall of present objects")
     axes.legend()

@@ -75,16 +75,18 @@ class Page:
         return path
 
 
-def heat(image: Image.Image, values: np.ndarray, strength: float = 0.6) -> Image.Image:
-    """`image` under a heat map of `values` [H, W] (any range; resized bilinearly, stretched to its own extremes)."""
-    low, high = float(values.min()), float(values.max())
-    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    scaled_map = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
-    level = np.asarray(scaled_map, np.float32)[..., None] / 255
-    colour = np.concatenate([255 * level, 160 * level**2, 60 * (1 - level)], axis=-1)
-    base = np.asarray(image.convert("RGB"), np.float32)
-    blend = base * (1 - strength * level) * (1 - 0.25 * strength) + colour * strength * level
-    return Image.fromarray(blend.clip(0, 255).astype(np.uint8))
+def heat(image: Image.Image, values: np.ndarray, strength: float = 0.75) -> Image.Image:
+    """`image`, greyed, under a heat map of `values` [H, W]: dark to yellow from the 2nd to the 98th percentile.
+
+    values: any range; resized bilinearly to the image.
+    """
+    low, high = np.quantile(values, (0.02, 0.98))
+    scaled = ((values - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(values)
+    resized = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    level = np.asarray(resized, np.float32)[..., None] / 255
+    colour = np.concatenate([255 * np.sqrt(level), 220 * level**1.5, 90 * (1 - level)], axis=-1)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None]
+    return Image.fromarray((grey * (1 - strength) + colour * strength).clip(0, 255).astype(np.uint8))
 
 
 def grid(

@@ -63,7 +63,7 @@ def ask(
         attnzoo.vlm.ask("dog.jpg", "What is on the sofa?", model="llava-hf/llava-1.5-7b-hf", method="var")
 
     image: path or PIL image, or several. prompt: the user's words; the processor's chat template, where it has one, is
-    laid around them. model: "miniature", a folder, a hub id, or a loaded model (then with its processor).
+    laid around them, unless they hold its image token: then they are the whole prompt. model: "miniature", a folder, a hub id, or a loaded model (then with its processor).
     method and kwargs: as for attnzoo.vlm.edit; None asks the model as it is.
 
     Raises ReachError for a picture or model that can't be read, and what `edit` raises.
@@ -98,14 +98,16 @@ def ask(
 
 def prepare(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Any:
     """The model's inputs for one user turn: all pictures, then the words."""
-    if getattr(processor, "chat_template", None):
+    token = getattr(processor, "image_token", None)
+    if token is not None and token in prompt:  # the whole prompt, written by somebody who knows the model's form
+        text = prompt
+    elif getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
         turn = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
     else:
-        token = getattr(processor, "image_token", None)
         own = type(processor).__name__ == "PaliGemmaProcessor"  # puts its image tokens in front by itself
-        text = prompt if own or token is None or token in prompt else f"{token * len(pictures)}\n{prompt}"
+        text = prompt if own or token is None else f"{token * len(pictures)}\n{prompt}"
     return processor(images=list(pictures), text=text, return_tensors="pt")
 
 

@@ -46,7 +46,7 @@ def attention_received(attend: Callable[[Tensor], Tensor], value: Tensor) -> Ten
     attend: value [B, *grid, heads, head_dim] -> output of the same shape, for fixed queries and keys.
     Returns [B, *grid, heads]; each head's entries sum to the number of queries.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         probe = torch.zeros_like(value).requires_grad_()
         (gradient,) = torch.autograd.grad(attend(probe)[..., 0].sum(), probe)
     return gradient[..., 0]
@@ -146,10 +146,10 @@ class NeighborhoodAttention2D(nn.Module):
         Where the map was padded, queries of the padding are counted too, as they are in the model.
         """
         height, width = x.shape[1:3]
-        with torch.no_grad():
-            query, key, value = self._project(x)
-            bias = None if self.rpb is None else self.rpb.detach()
-        blank = torch.zeros_like(query)
+        with torch.inference_mode(False), torch.no_grad():  # clone: what inference mode made can't be differentiated
+            query, key, value = self._project(x.clone())
+            bias = None if self.rpb is None else self.rpb.detach().clone()
+            blank = torch.zeros_like(query)
         received = attention_received(lambda v: self._attend(query, key, v, bias), value)
         even = attention_received(lambda v: self._attend(blank, blank, v, None), value)
         return received[:, :height, :width], even[:, :height, :width]

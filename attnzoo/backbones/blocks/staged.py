@@ -6,6 +6,7 @@ which name its published checkpoints keep the stages.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ class Stage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class TimmHead(nn.Module):
+class TimmHead(nn.Module, ABC):
     """What timm expects of every classifier here: pooling, `head`, and the ways to change them.
 
     Subclasses set num_features and call `_init_head`; their `forward_features` returns [B, H, W, num_features].
@@ -103,13 +104,13 @@ class TimmHead(nn.Module):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
+    @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> normalised map [B, h, w, num_features]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Images -> (normalised map, list of maps), or the list; see the subclasses."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
@@ -228,13 +229,13 @@ class StagedTransformer(TimmHead):
         self._init_head(num_classes, in_chans, global_pool, drop_rate, dd)
         self.apply(init_weights)
 
+    @abstractmethod
     def _patch_embed(self, in_chans: int, embed_dim: int, norm_layer: Callable[..., nn.Module], dd: dict) -> nn.Module:
         """[B, in_chans, H, W] -> [B, ceil(H / patch_size), ceil(W / patch_size), embed_dim]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _downsample(self, dim: int, norm_layer: Callable[..., nn.Module], dd: dict) -> nn.Module:
         """[B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), 2 * dim]."""
-        raise NotImplementedError
 
     @property
     def stages(self) -> Any:

@@ -63,7 +63,8 @@ def ask(
         attnzoo.vlm.ask("dog.jpg", "What is on the sofa?", model="llava-hf/llava-1.5-7b-hf", method="var")
 
     image: path or PIL image, or several. prompt: the user's words; the processor's chat template, where it has one, is
-    laid around them, unless they hold its image token: then they are the whole prompt. model: "miniature", a folder, a hub id, or a loaded model (then with its processor).
+    laid around them, unless they hold its image token: then they are the whole prompt.
+    model: "miniature", a folder, a hub id, or a loaded model (then with its processor).
     method and kwargs: as for attnzoo.vlm.edit; None asks the model as it is.
 
     Raises ReachError for a picture or model that can't be read, and what `edit` raises.

@@ -91,9 +91,9 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer scenes and samples: wider intervals.")] = False,
 ) -> None:
     """Run the main job of every room on the embedded models and write one HTML page."""
-    from attnzoo.miniatures import demo as job
+    from attnzoo.miniatures.demo import run
 
-    page = job.run(out, seed=seed, quick=quick)
+    page = run(out, seed=seed, quick=quick)
     typer.echo(str(page))
 
 

@@ -60,7 +60,7 @@ def check_range(name: str, value: float, low: float | None = None, high: float |
         raise ValueError(f"{name} must be from {bounds}, got {value!r}")
 
 
-def per_axis(name: str, value: Any, rank: int, kind: type = int, low: int | None = None) -> tuple:
+def per_axis(name: str, value: Any, rank: int, kind: type = int, low: float | None = None) -> tuple[Any, ...]:
     """`value` as a tuple of `rank` entries of `kind`: one entry stands for every axis.
 
     Raises TypeError for an entry of another type and ValueError for a wrong count or an entry below `low`.

@@ -93,8 +93,9 @@ def _backbones(page: Page, pictures: Path, seed: int, quick: bool, progress: boo
         ("dinat_digits", list(images), [int(x) for x in labels], [str(i) for i in range(10)]),
         ("dinat_world", [s.image for s in scenes], [s.objects[0].label for s in scenes], list(world.CLASSES)),
     )
-    rows, figures = [], {}
-    models = {}
+    rows = []
+    figures: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     for name, pixels, truth, names in _bar(sets, "classify", progress):
         models[name] = model = load(name)
         said = classifiers.predict(model, pixels).argmax(-1).tolist()
@@ -176,7 +177,8 @@ def _generators(page: Page, pictures: Path, seed: int, quick: bool, progress: bo
     again = draw()
     restored = all(np.array_equal(a, b) for a, b in zip(runs["dense"], again))
 
-    rows, figures = [], {"restored_exactly": restored, "prompts": list(PROMPTS), "steps": steps, "runs": {}}
+    rows = []
+    figures: dict[str, Any] = {"restored_exactly": restored, "prompts": list(PROMPTS), "steps": steps, "runs": {}}
     for name, images in runs.items():
         distance = float(np.mean([np.abs(a.astype(float) - b).mean() for a, b in zip(images, runs["dense"])]))
         right, n = judged(images)

@@ -60,7 +60,7 @@ def check_range(name: str, value: float, low: float | None = None, high: float |
         raise ValueError(f"{name} must be from {bounds}, got {value!r}")
 
 
-def per_axis(name: str, value: Any, rank: int, kind: type = int, low: float | None = None) -> tuple[Any, ...]:
+def per_axis(name: str, value: Any, rank: int, kind: Any = int, low: float | None = None) -> tuple[Any, ...]:
     """`value` as a tuple of `rank` entries of `kind`: one entry stands for every axis.
 
     Raises TypeError for an entry of another type and ValueError for a wrong count or an entry below `low`.
@@ -71,7 +71,7 @@ def per_axis(name: str, value: Any, rank: int, kind: type = int, low: float | No
     if len(entries) != rank:
         raise ValueError(f"{name} must be one value or one per axis ({rank}), got {len(entries)}: {value!r}")
     for entry in entries:
-        if type(entry) is not kind:
+        if type(entry) is not kind:  # a bool is no int here
             raise TypeError(f"{name} must hold {kind.__name__} entries, got {type(entry).__name__}: {value!r}")
         if low is not None and entry < low:
             raise ValueError(f"{name} must be at least {low} on every axis, got {value!r}")

@@ -11,7 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from attnzoo.kernels import dispatch
 
 _MODULES = {
     "goldens_kernels": ("natten",),
@@ -39,8 +42,11 @@ def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = 
     """The expected values of one case, computed by attnzoo's public functions.
 
     meta: the case's json plus "system" and "variant". tensors: every tensor that is not an expected value; their
-    dtype is the computation's. backend: a kernel back end, None for the default.
+    dtype is the computation's. backend: a kernel back end, None for the default; "triton" computes on the GPU where
+    there is one, and else needs TRITON_INTERPRET=1.
     """
+    if backend == "triton" and torch.cuda.is_available() and not dispatch.interpreting():
+        tensors = {name: tensor.cuda() for name, tensor in tensors.items()}
     return _room(meta["system"]).run(meta, tensors, backend)
 
 

@@ -39,8 +39,20 @@ from attnzoo.kernels.neighborhood_attention.triton import (
 
 # (rows, keys, warps, stages) by element size and the power of two, from 32, that holds both head dims.
 TILES = {
-    2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    4: {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1), 256: (16, 16, 8, 2)},
+    "cuda": {
+        2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
+        4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 4, 2)},
+    },
+    # A call with so many edits that the threads of the tiles above would run out of registers.
+    "cuda, laden": {
+        2: {32: (32, 64, 8, 2), 64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
+        4: {32: (32, 32, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    },
+    # Holds every edit: a thread of 4 warps has 512 registers, of 8 warps 256. One stage, for 64 KiB of shared memory.
+    "hip": {
+        2: {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
+        4: {32: (64, 32, 4, 1), 64: (64, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 4, 1)},
+    },
 }
 FILL_PROGRAMS = 256  # programs that keep a large GPU busy: below it, keys are shared out
 MIN_SHARE = 256  # keys that are worth a program of their own
@@ -202,6 +214,22 @@ def _kind(tensor: Tensor | None, repeats: int) -> str:
     return "row" if tensor.shape[1] > 1 and repeats > 1 else "key"
 
 
+def _tiles(query: Tensor, visibility: Visibility, edits: Edits, repeats: int) -> dict[int, tuple[int, int, int, int]]:
+    """The part of TILES that a call takes, by head dim.
+
+    Registers go to what has the shape of the logits: a mask or spans make a call laden, a tensor read by "row" counts
+    as two edits, and float32 products, which run on the ordinary units, leave room for one edit instead of two.
+    """
+    size = query.element_size()
+    if vendor() == "hip":
+        return TILES["hip"][size]
+    kinds = [_kind(tensor, repeats) for tensor in (edits.key_bias, edits.boost, edits.groups)]
+    by_key = [visibility.window_size, visibility.key_mask, edits.softcap]
+    count = 2 * kinds.count("row") + kinds.count("key") + sum(given is not None for given in by_key)
+    laden = visibility.mask is not None or visibility.span_ids is not None or count > (2 if size == 2 else 1)
+    return TILES["cuda, laden" if laden else "cuda"][size]
+
+
 def _bytes(tensor: Tensor | None) -> Tensor | None:
     """A bool tensor as bytes; anything else as it is."""
     return tensor.view(torch.uint8) if tensor is not None and tensor.dtype == torch.bool else tensor
@@ -218,12 +246,10 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, e
     if out.numel() == 0:
         return out, lse
     blocks = {name: max(16, triton.next_power_of_2(d)) for name, d in (("BLOCK_D", dim), ("BLOCK_DV", dim_v))}
-    rows, keys, num_warps, num_stages = TILES[query.element_size()][max(32, *blocks.values())]
-    rows = min(rows, max(16, triton.next_power_of_2(num_rows * repeats)))
-    if rows == 16:
+    most_rows, keys, num_warps, num_stages = _tiles(query, visibility, edits, repeats)[max(32, *blocks.values())]
+    rows = min(most_rows, max(16, triton.next_power_of_2(num_rows * repeats)))
+    if rows == 16 < most_rows:
         num_warps = min(num_warps, 4)
-    if vendor() == "hip":
-        num_stages = 1  # 64 KiB of shared memory
     programs = triton.cdiv(num_rows * repeats, rows) * batch * heads_kv * num_groups
     splits = max(1, min(triton.cdiv(num_keys, MIN_SHARE), FILL_PROGRAMS // programs))
     mask, real = _bytes(visibility.mask), _bytes(visibility.key_mask)
@@ -331,7 +357,6 @@ AOT = [
         f"{str(dtype).removeprefix('torch.')} d{head_dim} {'decode' if num_rows == 1 else 'rows'} {edited}",
         functools.partial(_call_on_meta, dtype, num_rows, head_dim, edited),
         quick=(dtype, num_rows, head_dim, edited) == (torch.float16, 512, 64, "everything"),
-        spills={"edited_forward": 1024 if edited == "everything" else 64},
     )
     for dtype, num_rows, head_dim, edited in (
         (torch.bfloat16, 512, 128, "boost"),

@@ -242,7 +242,7 @@ def test_case_stops_and_commas_do_not_matter(pipe):
         ({"generator": seeds(1, 2)}, ValueError, "generator must be one, or one per image"),
         ({"callback_on_step_end_tensor_inputs": ["velocity"]}, ValueError, "callback_on_step_end_tensor_inputs"),
     ],
-    ids=lambda x: repr(x)[:50] if isinstance(x, dict) else "",
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_bad_input_is_named(pipe, arguments, error, named):
     with pytest.raises(error, match=named):

@@ -5,6 +5,9 @@ become float32 there: half-precision products are tens of times slower on most C
 Memory beyond inputs and outputs is a few tiles' logits (_LOGITS elements at a time) and one column's keys, never tokens
 x tokens. The backward pass computes the logits again from lse, whatever back end made them; a gradient that several
 tiles share is summed in a fixed order. See `tiling.py` for the cut.
+
+Where windows cut the grid into cells of tokens that attend among themselves (`tiling.cells`), no tile needs another's
+keys: batch entries, some at a time, are copied cell by cell, every tensor once.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.tiling import Column, Plan, plan
+from attnzoo.kernels.neighborhood_attention.tiling import Cells, Column, Plan, cells, plan
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _SAFE = 60.0
@@ -41,12 +44,11 @@ class _Unit:
     chunks: tuple[tuple[int, int], ...]
 
 
-class _Call:
-    """A problem with its plan, and the tensors seen as [B, rows, columns, heads, ...]."""
+class _Buffers:
+    """A problem, and memory for its intermediate results."""
 
-    def __init__(self, problem: Problem, tile: tuple[int, ...] | None = None) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.plan: Plan = plan(problem, tile)
         self.group = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
         self._scratch: dict[str, Tensor] = {}
@@ -61,6 +63,14 @@ class _Call:
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """The batched matrix product in a scratch buffer."""
         return torch.bmm(left, right, out=self.scratch(name, *left.shape[:2], right.shape[2]))
+
+
+class _Call(_Buffers):
+    """A problem with its plan, and the tensors seen as [B, rows, columns, heads, ...]."""
+
+    def __init__(self, problem: Problem, tile: tuple[int, ...] | None = None) -> None:
+        super().__init__(problem)
+        self.plan: Plan = plan(problem, tile)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """A view of [B, *grid, heads, dim] as [B, *rows, columns, heads, dim], rows in the plan's order."""
@@ -256,7 +266,7 @@ def _by_head(tiles: Tensor) -> Tensor:
     return tiles.flatten(2, 4).flatten(0, 1)
 
 
-def _bounded(call: _Call, query: Tensor, key: Tensor, bias: Tensor | None, additional_keys: Tensor | None) -> bool:
+def _bounded(call: _Buffers, query: Tensor, key: Tensor, bias: Tensor | None, additional_keys: Tensor | None) -> bool:
     """Whether lengths alone show every logit to be within 2 ** +-_SAFE, so that the softmax needs no maximum."""
     if query.numel() == 0 or call.problem.bias == "query":
         return False
@@ -286,6 +296,124 @@ def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
     return (logits if shift is None else logits.sub_(shift)).exp2_()
 
 
+def _cells(problem: Problem) -> Cells | None:
+    """The cells, where `problem`'s windows are some and a cell's logits may be held at once."""
+    if problem.bias == "query" or problem.num_additional:
+        return None
+    cut = cells(problem)
+    group = problem.num_heads // problem.num_heads_kv
+    return None if cut is None or group * cut.size**2 > _LOGITS else cut
+
+
+class _CellCall(_Buffers):
+    """A problem whose windows are cells. A cell of one key/value head is one matrix product, its query heads stacked:
+    query [cells * heads_kv, group * tokens, head_dim], key [cells * heads_kv, tokens, head_dim].
+    """
+
+    def __init__(self, problem: Problem, cut: Cells) -> None:
+        super().__init__(problem)
+        self.cut = cut
+
+    def units(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Batch entries, query heads and key/value heads of each pass, within the limits on memory."""
+        problem = self.problem
+        per_head = problem.num_tokens * max(problem.head_dim, problem.head_dim_v) * self.group
+        pairs = self.group * self.cut.size**2
+        heads = max(1, min(problem.num_heads_kv, _LOGITS // pairs, _COLUMN // per_head))
+        entries = max(1, min(_LOGITS // (self.cut.count * pairs * heads), _COLUMN // (per_head * heads)))
+        for entry in range(0, problem.batch, entries):
+            for head in range(0, problem.num_heads_kv, heads):
+                last = min(head + heads, problem.num_heads_kv)
+                yield slice(entry, entry + entries), slice(head * self.group, last * self.group), slice(head, last)
+
+    def parts(self, size: int, heads_kv: slice) -> Iterator[slice]:
+        """A unit's `size` matrices by whole cells, as many as their logits may be held at once."""
+        heads = heads_kv.stop - heads_kv.start
+        held = max(1, _LOGITS // (self.group * self.cut.size**2 * heads)) * heads
+        return (slice(first, first + held) for first in range(0, size, held))
+
+    def copy(self, name: str, tensor: Tensor, batch: slice, heads: slice, stacked: int = 1) -> Tensor:
+        """Part of [B, *grid, heads, dim] as a contiguous [cells * heads / stacked, stacked * tokens, dim]."""
+        part = self.cut.view(tensor[batch, ..., heads, :])
+        return self.scratch(name, *part.shape).copy_(part).view(-1, stacked * self.cut.size, part.shape[-1])
+
+    def put(self, made: Tensor, whole: Tensor, batch: slice, heads: slice) -> None:
+        """Write what has `copy`'s shape into [B, *grid, heads, dim]."""
+        goal = self.cut.view(whole[batch, ..., heads, :])
+        goal.copy_(made.view(goal.shape))
+
+    def logits(self, query: Tensor, key: Tensor, table: Tensor | None, heads: slice) -> Tensor:
+        """[matrices, queries, keys] over log 2."""
+        logits = self.scratch("logits", len(query), query.shape[1], self.cut.size)
+        torch.baddbmm(logits, query, key.transpose(1, 2), beta=0, alpha=self.problem.scale * _LOG2E, out=logits)
+        if table is not None:
+            self.by_head(logits, heads).add_(table[heads])
+        return logits
+
+    def by_head(self, logits: Tensor, heads: slice) -> Tensor:
+        """Logits as [cells, heads, tokens, tokens]."""
+        return logits.view(-1, heads.stop - heads.start, self.cut.size, self.cut.size)
+
+    def table(self, bias: Tensor | None) -> Tensor | None:
+        """The bias over log 2, [heads, tokens, tokens], the same in every cell."""
+        return None if bias is None else bias.flatten(1).to(self.dtype)[:, self.cut.offset] * _LOG2E
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
+        """Fill out and lse."""
+        table, bounded = self.table(bias), _bounded(self, query, key, bias, None)
+        for batch, heads, heads_kv in self.units():
+            queries = self.copy("query", query, batch, heads, self.group)
+            keys, values = self.copy("key", key, batch, heads_kv), self.copy("value", value, batch, heads_kv)
+            made = self.scratch("out", *queries.shape[:2], values.shape[2])
+            statistics = self.scratch("lse", *queries.shape[:2], 1)
+            for part in self.parts(len(queries), heads_kv):
+                weights = self.logits(queries[part], keys[part], table, heads)
+                highest = None if bounded else _highest(weights, None)
+                weights = _powers(weights, highest)
+                total = weights.sum(-1, keepdim=True)
+                goal = torch.bmm(weights, values[part], out=made[part])
+                log_total = total.log2() if highest is None else total.log2().add_(highest)
+                torch.mul(log_total, _LN2, out=statistics[part])
+                # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
+                goal.div_(total if bias is None else total.masked_fill_(total == 0.0, 1.0))
+            self.put(made, out, batch, heads)
+            self.put(statistics, lse[..., None], batch, heads)
+
+    def backward(
+        self, grad_out: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+        """What the function `backward` returns; statistics [B, *grid, heads, 2] are lse / log 2 and delta."""
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        table, scale = self.table(bias), self.problem.scale
+        grad_table = None if table is None else torch.zeros_like(table)
+        for batch, heads, heads_kv in self.units():
+            queries = self.copy("query", query, batch, heads, self.group)
+            given = self.copy("grad", grad_out, batch, heads, self.group)
+            keys, values = self.copy("key", key, batch, heads_kv), self.copy("value", value, batch, heads_kv)
+            log_total, shift = self.copy("statistics", statistics, batch, heads, self.group).split(1, -1)
+            d_query, d_key, d_value = (
+                self.scratch(f"d_{name}", *t.shape) for name, t in zip("qkv", (queries, keys, values))
+            )
+            for part in self.parts(len(queries), heads_kv):
+                weights = self.logits(queries[part], keys[part], table, heads).sub_(log_total[part]).exp2_()
+                torch.bmm(weights.transpose(1, 2), given[part], out=d_value[part])
+                d_logits = self.product("d_logits", given[part], values[part].transpose(1, 2))
+                d_logits.sub_(shift[part]).mul_(weights)
+                if grad_table is not None:
+                    grad_table[heads] += self.by_head(d_logits, heads).sum(0)
+                for goal, left, right in ((d_query, d_logits, keys), (d_key, d_logits.transpose(1, 2), queries)):
+                    torch.baddbmm(goal[part], left, right[part], beta=0, alpha=scale, out=goal[part])
+            self.put(d_query, grads[0], batch, heads)
+            self.put(d_key, grads[1], batch, heads_kv)
+            self.put(d_value, grads[2], batch, heads_kv)
+        grad_bias = None
+        if bias is not None and grad_table is not None:
+            total = torch.zeros(bias.shape, dtype=self.dtype)
+            total.flatten(1).index_add_(1, self.cut.offset.flatten(), grad_table.flatten(1))
+            grad_bias = total.to(bias.dtype)
+        return grads[0], grads[1], grads[2], grad_bias, None, None
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -297,9 +425,13 @@ def forward(
     tile: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, *grid, heads, head_dim_v] in the query's dtype and lse [B, *grid, heads] in the computation's."""
-    call = _Call(problem, tile)
     out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
-    lse = query.new_empty(query.shape[:-1], dtype=call.dtype)
+    lse = query.new_empty(query.shape[:-1], dtype=problem.compute_dtype)
+    cut = _cells(problem) if tile is None else None
+    if cut is not None:
+        _CellCall(problem, cut).forward(query, key, value, bias, out, lse)
+        return out, lse
+    call = _Call(problem, tile)
     rows, keys, values = call.rows(query), call.rows(call.padded(key)), call.rows(call.padded(value))
     out_rows, lse_rows = call.rows(out), call.rows(lse[..., None])
     added, bounded = _BiasCache(call, bias), _bounded(call, query, key, bias, additional_keys)
@@ -393,15 +525,19 @@ def backward(
 
     With p = exp(logits - lse): dp = <grad_out, value>, dlogits = p * (dp - <grad_out, out> + grad_lse).
     """
-    call = _Call(problem, tile)
-    cut, dtype = call.plan, call.dtype
+    dtype = problem.compute_dtype
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta -= grad_lse[..., None].to(dtype)
     total = lse.to(dtype)[..., None] * _LOG2E
     if bias is not None:
         total = total.masked_fill(total == -math.inf, 0.0)
-    statistics = call.rows(torch.cat([total, delta], -1))
+    statistics = torch.cat([total, delta], -1)
+    cells_cut = _cells(problem) if tile is None else None
+    if cells_cut is not None:
+        return _CellCall(problem, cells_cut).backward(grad_out, statistics, query, key, value, bias)
+    call = _Call(problem, tile)
+    cut, statistics = call.plan, call.rows(statistics)
     padded_key, padded_value = call.padded(key), call.padded(value)
     rows, grads, keys, values = (call.rows(t) for t in (query, grad_out, padded_key, padded_value))
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)

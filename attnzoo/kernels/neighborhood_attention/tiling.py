@@ -7,6 +7,9 @@ group by group (`Axis.row_shape`), so that a group's rows lie together in what i
 dilation groups, so its box has no holes.
 For border "zero" the keys are padded once by kernel_size - 1 positions per dilation group and axis (`Plan.padding`),
 after which no window leaves the grid. A one-dimensional grid gets a last axis of size 1.
+
+Some windows need no tiles: they cut the grid into cells whose tokens see exactly each other (`cells`). That is block
+attention (stride = kernel_size), grid attention, and DiNAT's widest dilation (kernel_size * dilation = size).
 """
 
 from __future__ import annotations
@@ -345,3 +348,44 @@ def plan(problem: Problem, tile: tuple[int, ...] | None = None) -> Plan:
         axes.append(Axis(1, 1, 1, 1, False, "shift"))
         tile = None if tile is None else (*tile, 1)
     return _plan(tuple(axes), max(problem.head_dim, problem.head_dim_v), tile)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A grid whose windows are cells: `count` of them, of `size` tokens each."""
+
+    shape: tuple[tuple[int, int, int], ...]  # per axis: blocks, kernel_size, dilation
+    count: int
+    size: int
+    offset: Tensor  # [size, size] index into an offset bias, query by key
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """[B, *grid, heads, dim] as [B, *blocks, *dilation, heads, *kernel_size, dim], without a copy."""
+        rank = len(self.shape)
+        for axis in range(rank, 0, -1):
+            tensor = tensor.unflatten(axis, self.shape[axis - 1])
+        blocks, tokens, groups = (range(first, 3 * rank + 1, 3) for first in (1, 2, 3))
+        return tensor.permute(0, *blocks, *groups, -2, *tokens, -1)
+
+
+def cells(problem: Problem) -> Cells | None:
+    """The cells that `problem`'s windows are, or None where they overlap or are cut off."""
+    for size, kernel_size, stride, dilation, is_causal in zip(
+        problem.grid, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal
+    ):
+        one_window = size == kernel_size * dilation and problem.border == "shift"
+        if is_causal or size % (kernel_size * dilation) or not (stride == kernel_size or one_window):
+            return None
+    return _cells(problem.grid, problem.kernel_size, problem.dilation)
+
+
+@lru_cache(maxsize=128)
+def _cells(grid: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> Cells:
+    offset = torch.zeros(1, 1, dtype=torch.long)
+    for k in kernel_size:
+        position = torch.arange(k)
+        own = position - position[:, None] + k - 1
+        offset = (offset[:, None, :, None] * (2 * k - 1) + own[None, :, None, :]).flatten(2).flatten(0, 1)
+    shape = tuple((n // (k * d), k, d) for n, k, d in zip(grid, kernel_size, dilation))
+    size = math.prod(kernel_size)
+    return Cells(shape, math.prod(grid) // size, size, offset)

@@ -7,7 +7,7 @@ x tokens. The backward pass computes the logits again from lse, whatever back en
 tiles share is summed in a fixed order. See `tiling.py` for the cut.
 
 Where windows cut the grid into cells of tokens that attend among themselves (`tiling.cells`), no tile needs another's
-keys: batch entries, some at a time, are copied cell by cell, every tensor once.
+keys: batch entries, some at a time, are copied cell by cell.
 """
 
 from __future__ import annotations
@@ -335,7 +335,12 @@ class _CellCall(_Buffers):
     def copy(self, name: str, tensor: Tensor, batch: slice, heads: slice, stacked: int = 1) -> Tensor:
         """Part of [B, *grid, heads, dim] as a contiguous [cells * heads / stacked, stacked * tokens, dim]."""
         part = self.cut.view(tensor[batch, ..., heads, :])
-        return self.scratch(name, *part.shape).copy_(part).view(-1, stacked * self.cut.size, part.shape[-1])
+        # whole tokens first, then heads: a cell's far reads are then as few as its tokens
+        head_axis = -2 - self.problem.rank
+        whole = part.movedim(head_axis, -2)
+        tokens = self.scratch("tokens", *whole.shape).copy_(whole)
+        copy = self.scratch(name, *part.shape).copy_(tokens.movedim(-2, head_axis))
+        return copy.view(-1, stacked * self.cut.size, part.shape[-1])
 
     def put(self, made: Tensor, whole: Tensor, batch: slice, heads: slice) -> None:
         """Write what has `copy`'s shape into [B, *grid, heads, dim]."""

@@ -53,8 +53,8 @@ def look(image: np.ndarray | None, name: str) -> tuple[dict[str, float], list[tu
         pixels = np.asarray(picture.resize((48, 48), Image.Resampling.BILINEAR))
     else:
         pixels = np.asarray(picture.convert("L").resize((8, 8), Image.Resampling.BOX))
-    probabilities = classifiers.predict(model, [pixels])[0]
-    tensor = classifiers.to_tensor(model, pixels)
+    probabilities = classifiers.predict(model, pixels[None])[0]
+    tensor = classifiers.to_tensor(model, pixels[None], model.pretrained_cfg["input_size"][-1])
     maps = attention_saliency(model, tensor)
     shown = [(np.asarray(heat(picture, np.asarray(m, np.float32))), f"stage {i + 1}") for i, m in enumerate(maps)]
     return {names[i]: float(p) for i, p in enumerate(probabilities)}, shown

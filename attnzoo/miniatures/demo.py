@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -320,5 +321,5 @@ def _marked(row: evaluate.CaptionRow) -> str:
     """The caption with absent objects marked."""
     text = html.escape(row.caption)
     for noun in row.absent:
-        text = text.replace(noun, f"<span class=absent>{noun}</span>")
+        text = re.sub(rf"\b{noun}\b", f"<span class=absent>{noun}</span>", text)
     return text

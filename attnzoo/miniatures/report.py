@@ -19,6 +19,7 @@ figure { margin: 1rem 0; } figure img { max-width: 100%; border: 1px solid #8884
 figcaption, .note { color: #888; font-size: .9rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8884; text-align: right; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .scroll { overflow-x: auto; } .absent { color: #d33; font-weight: 600; text-decoration: underline wavy; }
 code { background: #8882; padding: 0 .25em; border-radius: 3px; }

@@ -202,7 +202,7 @@ def bench(
 ) -> None:
     """Time an operation against a named peer, after their results were compared."""
     arguments = [operation, "--device", device, "--threads", str(threads)]
-    _beside("benchmarks.ops").main([*arguments, *(["--json", str(out)] if out else [])])
+    raise typer.Exit(_beside("benchmarks.ops").main([*arguments, *(["--json", str(out)] if out else [])]))
 
 
 @train_app.command("miniature")

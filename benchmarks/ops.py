@@ -157,6 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only is not None and options.only not in cases:
         parser.error(f"--only must be one of {', '.join(map(repr, cases))}, got {options.only!r}")
     cuda = options.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch sees, and it sees none")
+    for name in ("threads", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     machine = torch.cuda.get_device_name() if cuda else f"{options.threads} CPU thread(s), thread CPU time"
     print(
         f"{options.operation}, float32, torch {torch.__version__}, {machine}, median of {options.repeats}, interleaved"

@@ -207,6 +207,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "miniature nobody trains": ("train miniature gpt", "gpt"),
     "training of no steps": ("train miniature llava --steps 0", "steps"),
     "operation nobody wrote": ("bench convolution", "convolution"),
+    "no threads": ("bench --threads 0", "threads"),
     "demo into a file": ("demo --out notes.txt", "notes.txt"),
     "port of the system": ("serve --port 80", "port"),
     "command nobody wrote": ("paint", "paint"),

@@ -1,0 +1,70 @@
+"""The catalogue says what is true: every row's method, kernel, models and goldens are there."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import goldens as adapter
+import pytest
+import timm
+
+import attnzoo
+from attnzoo import catalog, configs, generators, kernels
+from attnzoo.vlm import session
+
+METHODS = catalog.list_methods()
+BY_ROOM = {"generators": generators.METHODS, "vlm": session.METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_row_is_true(method, goldens_root):
+    assert callable(getattr(kernels, method.operation))
+    folder, system = method.test.split("/")
+    assert (goldens_root / folder / system).is_dir() and system in adapter.SYSTEMS
+    if method.room == "backbones":
+        assert set(method.models) <= set(timm.list_models())
+    else:
+        built = BY_ROOM[method.room][method.name]
+        assert set(method.neutral) <= set(inspect.signature(built).parameters)
+    assert method.neutral or method.room == "backbones"
+    assert catalog.get(method.name) is method
+
+
+def test_no_method_is_without_a_row():
+    named = {m.name for m in METHODS}
+    assert named >= {*generators.METHODS, *session.METHODS}
+    ours = {n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__.startswith("attnzoo.")}
+    assert ours == {model for m in METHODS for model in m.models if m.room == "backbones"}
+
+
+def test_narrowing_and_mistakes():
+    assert {m.room for m in catalog.list_methods("vlm")} == {"vlm"}
+    assert catalog.list_methods(status="adapted") == [m for m in METHODS if m.status == "adapted"]
+    with pytest.raises(ValueError, match="did you mean dinat"):
+        catalog.get("dinatt")
+    with pytest.raises(ValueError, match="room must be one of"):
+        catalog.list_methods("attic")
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"room": "attic"}, "room must be one of"),
+        ({"status": "perfect"}, "status must be one of"),
+        ({"status": "adapted"}, "says why"),
+        ({"colour": "red"}, "unknown fields ['colour']"),
+        ({"paper": None}, "missing fields ['paper']"),
+    ],
+)
+def test_a_bad_row_is_named(row, said, monkeypatch):
+    good = configs.read_toml("methods.toml")["gna"]
+    changed = {k: v for k, v in {**good, **row}.items() if v is not None}
+    monkeypatch.setattr("attnzoo.configs.schema.read_toml", lambda name: {"gna": changed})
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        configs.read_methods()
+    assert "[gna]" in str(caught.value)
+
+
+def test_the_version_is_the_projects():
+    assert attnzoo.__version__ == "0.1.0"

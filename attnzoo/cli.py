@@ -161,7 +161,7 @@ def info(
         table.add_row("CPU threads", str(torch.get_num_threads()))
         for backend in dispatch.BACKENDS:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            why = dispatch.device_reasons(backend, device)
+            why = dispatch.device_reasons("neighborhood_attention", backend, device)
             table.add_row(f"kernels: {backend}", "; ".join(why) or "available")
         for room in ("backbones", "generators", "vlm"):
             table.add_row(f"methods in {room}", str(len(catalog.list_methods(room))))

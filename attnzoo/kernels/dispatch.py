@@ -4,13 +4,14 @@ An operation states, per back end, the reasons why that back end can't serve a g
 `choose` picks the first that can, or, where the caller named one, that one or an error with ALL its reasons.
 
     reference   the formula, any dtype including float64, any device: the yardstick
-    tiled       fast on CPU, forward and backward
+    tiled       fast on CPU, forward and backward; of operations that say so (`portable`) the path of any device
     flex        torch's flex_attention, compiled: portable GPU fallback
     triton      GPU; under TRITON_INTERPRET=1 also CPU tensors (slow, for tests)
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import torch
 from attnzoo.errors import UnsupportedError, check_choice
 
 BACKENDS = ("reference", "tiled", "flex", "triton")
-_ORDER = {"cpu": ("tiled", "reference"), "cuda": ("triton", "flex", "reference")}
+_ORDER = {"cpu": ("tiled", "reference"), "cuda": ("triton", "flex", "tiled", "reference")}
 
 _forced: ContextVar[str | None] = ContextVar("attnzoo_backend", default=None)
 
@@ -37,17 +38,37 @@ class Operation:
 
     reasons: Mapping[str, Reasons]
     describe: Describe
+    portable: bool = False  # "tiled" is stock torch operations that serve every device
 
 
 _operations: dict[str, Operation] = {}
 
 
-def register(operation: str, reasons: Mapping[str, Reasons], describe: Describe) -> None:
+def register(operation: str, reasons: Mapping[str, Reasons], describe: Describe, portable: bool = False) -> None:
     """Make `operation` known to `not_supported_reasons`; an operation's package calls it once, when imported.
 
     describe(*args, **kwargs): the public function's arguments as (problem, device), raising what that function raises.
+    portable: its tiled back end is made of stock torch operations and serves every device, not only the CPU.
     """
-    _operations[operation] = Operation(reasons, describe)
+    _operations[operation] = Operation(reasons, describe, portable)
+
+
+def backend_module(operation: str, backend: str) -> Any:
+    """The module `attnzoo.kernels.OPERATION.BACKEND`, imported when first asked for (triton may be missing)."""
+    return importlib.import_module(f"attnzoo.kernels.{operation}.{backend}")
+
+
+def module_reasons(operation: str, backend: str) -> Reasons:
+    """The `reasons` function of a back end's module; where the module can't be imported, that is the reason."""
+
+    def reasons(problem: Any) -> list[str]:
+        try:
+            module = backend_module(operation, backend)
+        except ImportError as error:
+            return [f"{backend} can't be imported: {error}"]
+        return module.reasons(problem)
+
+    return reasons
 
 
 def not_supported_reasons(operation: str, backend: str, *args: Any, **kwargs: Any) -> list[str]:
@@ -65,7 +86,7 @@ def not_supported_reasons(operation: str, backend: str, *args: Any, **kwargs: An
     problem, device = found.describe(*args, **kwargs)
     if backend not in found.reasons:
         return [f"{operation} has no {backend} back end"]
-    return device_reasons(backend, device) + found.reasons[backend](problem)
+    return device_reasons(operation, backend, device) + found.reasons[backend](problem)
 
 
 @contextmanager
@@ -90,11 +111,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def device_reasons(backend: str, device: torch.device) -> list[str]:
-    """Why `backend` can't run on `device`, whatever the operation."""
+def device_reasons(operation: str, backend: str, device: torch.device) -> list[str]:
+    """Why `operation`'s back end can't run on `device`, whatever the call."""
     if backend == "triton" and device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return [f"triton needs a CUDA or ROCm device, or CPU tensors under TRITON_INTERPRET=1; got {device.type}"]
-    if backend == "tiled" and device.type != "cpu":
+    portable = operation in _operations and _operations[operation].portable
+    if backend == "tiled" and device.type != "cpu" and not portable:
         return [f"tiled is the CPU path; got {device.type}"]
     return []
 
@@ -111,14 +133,14 @@ def choose(operation: str, backend: str, problem: Any, device: torch.device, rea
             raise UnsupportedError(
                 f"{operation}: backend {asked!r} does not exist here; there are {', '.join(reasons)}"
             )
-        why = device_reasons(asked, device) + reasons[asked](problem)
+        why = device_reasons(operation, asked, device) + reasons[asked](problem)
         if why:
             raise UnsupportedError(f"{operation}: backend {asked!r} can't serve this call: " + "; ".join(why))
         return asked
     refusals = {}
     for name in _ORDER.get(device.type, ("reference",)):
         if name in reasons:
-            why = device_reasons(name, device) + reasons[name](problem)
+            why = device_reasons(operation, name, device) + reasons[name](problem)
             if not why:
                 return name
             refusals[name] = why

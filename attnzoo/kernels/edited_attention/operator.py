@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +56,7 @@ class _Call(NamedTuple):
 
 def _forward(*arguments: object) -> tuple[Tensor, ...]:
     call = _Call(*arguments)  # type: ignore[arg-type]
-    module: ModuleType = importlib.import_module(f"attnzoo.kernels.edited_attention.{call.backend}")
+    module = dispatch.backend_module("edited_attention", call.backend)
     with torch.autocast(call.query.device.type, enabled=False):
         return module.grouped(call.query, call.key, call.value, call.visibility, call.edits)
 
@@ -85,16 +83,8 @@ _operator = library.register(
 )
 
 
-def _triton_reasons(problem: Any) -> list[str]:
-    try:
-        triton = importlib.import_module("attnzoo.kernels.edited_attention.triton")
-    except ImportError as error:
-        return [f"triton can't be imported: {error}"]
-    return triton.reasons(problem)
-
-
 REASONS: dict[str, dispatch.Reasons] = {
-    "triton": _triton_reasons,
+    "triton": dispatch.module_reasons("edited_attention", "triton"),
     "tiled": lambda problem: [],
     "reference": lambda problem: [],
 }

@@ -27,7 +27,7 @@ from attnzoo.kernels.dispatch import interpreting
 from attnzoo.kernels.edited_attention.problem import Edits, Visibility
 from attnzoo.kernels.edited_attention.reference import softmax_parts
 from attnzoo.kernels.launch import launch, vendor
-from attnzoo.kernels.neighborhood_attention.triton import (
+from attnzoo.kernels.triton_shared import (
     LN2,
     LOG2E,
     load_rows,

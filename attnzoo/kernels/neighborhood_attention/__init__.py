@@ -15,7 +15,6 @@ There is no attention dropout. lse and softmax statistics are float32, float64 f
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,23 +36,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PerAxis = int | Sequence[int]
 
 
-def _backend(name: str) -> Any:
-    """The module of one back end."""
-    return importlib.import_module(f"attnzoo.kernels.neighborhood_attention.{name}")
-
-
-def _reasons(name: str) -> dispatch.Reasons:
-    def reasons(problem: Problem) -> list[str]:
-        try:
-            module = _backend(name)
-        except ImportError as error:
-            return [f"{name} can't be imported: {error}"]
-        return module.reasons(problem)
-
-    return reasons
-
-
-_REASONS: dict[str, dispatch.Reasons] = {name: _reasons(name) for name in dispatch.BACKENDS}
+_REASONS: dict[str, dispatch.Reasons] = {name: dispatch.module_reasons(NAME, name) for name in dispatch.BACKENDS}
 _OPERATOR_REASONS = {name: reasons for name, reasons in _REASONS.items() if name != "flex"}  # flex has its own autograd
 
 
@@ -183,7 +166,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, options = arguments[:6], arguments[6:]
     problem = _problem(tensors, options)
     backend = dispatch.choose(NAME, options[-1], problem, tensors[0].device, _OPERATOR_REASONS)
-    return _backend(backend).forward(*(t if t is None else library.last_dim_contiguous(t) for t in tensors), problem)
+    return dispatch.backend_module(NAME, backend).forward(
+        *(t if t is None else library.last_dim_contiguous(t) for t in tensors), problem
+    )
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -200,7 +185,7 @@ def _backward(
     out, lse = results
     grad_out = torch.zeros_like(out) if gradients[0] is None else library.last_dim_contiguous(gradients[0])
     given = (t if t is None else library.last_dim_contiguous(t) for t in tensors)
-    found = _backend(backend).backward(grad_out, gradients[1], *given, out, lse, problem)
+    found = dispatch.backend_module(NAME, backend).backward(grad_out, gradients[1], *given, out, lse, problem)
     return [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
 
 
@@ -318,7 +303,7 @@ def neighborhood_attention(
     if not torch.compiler.is_compiling():  # a compiled graph must not freeze the choice: there the operator chooses
         backend = dispatch.choose(NAME, backend, _problem(tensors, options, return_lse), query.device, _REASONS)
     if backend == "flex":
-        out, lse = _backend("flex").attend(*tensors, _problem(tensors, options, return_lse))
+        out, lse = dispatch.backend_module(NAME, "flex").attend(*tensors, _problem(tensors, options, return_lse))
     else:
         out, lse = _operator(*tensors, *options, backend)
     return (out, lse) if return_lse else out

@@ -29,10 +29,19 @@ from attnzoo.kernels.dispatch import interpreting
 from attnzoo.kernels.launch import launch, vendor
 from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
+from attnzoo.kernels.triton_shared import (
+    LN2,
+    LOG2E,
+    load_rows,
+    on_device,
+    online_softmax,
+    precision,
+    store_rows,
+    wide,
+    within,
+)
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 1, 256  # below 16 a dot is padded to its smallest width
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 # Geometry takes many values in one model: specialising on 1 or on multiples of 16 would only multiply compilations.
 GEOMETRY = [f"{name}{axis}" for name in ("size", "kernel", "stride", "dilation") for axis in range(3)]
@@ -170,12 +179,6 @@ def member(c0, c1, c2, length0, length1, length2, RANK: tl.constexpr):
 
 
 @triton.jit
-def within(k, first, last):
-    """first <= k < last with one comparison: as unsigned numbers, k below first is larger than any width."""
-    return (k - first).to(tl.uint32, bitcast=True) < (last - first).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
 def visible(c0, c1, c2, first0, last0, first1, last1, first2, last2, RANK: tl.constexpr):
     """Which keys (positions c, one orientation) lie in the windows of which queries (the other orientation)."""
     seen = within(c2, first2, last2)
@@ -227,43 +230,6 @@ def bias_of_queries(
         bias += b.to(tl.int64) * bias_b
         index = rows * (kernel0 * bias_weight0) - start0 * bias_weight0 - start1 * bias_weight1 - start2
     return bias, index
-
-
-@triton.jit
-def load_rows(pointer, offsets, valid, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows of COLUMNS contiguous elements as a tile [rows, BLOCK], zero where invalid or beyond COLUMNS.
-
-    UPCAST is for the interpreter, whose bfloat16 arithmetic is wrong.
-    """
-    column = tl.arange(0, BLOCK)
-    mask = valid[:, None]
-    if COLUMNS != BLOCK:
-        mask = mask & (column[None, :] < COLUMNS)
-    tile = tl.load(pointer + offsets[:, None] + column[None, :], mask=mask, other=0.0)
-    if UPCAST:
-        tile = tile.to(tl.float32)
-    return tile
-
-
-@triton.jit
-def store_rows(pointer, offsets, valid, tile, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse of `load_rows`, in the pointer's dtype."""
-    column = tl.arange(0, BLOCK)
-    mask = valid[:, None]
-    if COLUMNS != BLOCK:
-        mask = mask & (column[None, :] < COLUMNS)
-    tl.store(pointer + offsets[:, None] + column[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
-    """One step: base-2 logits [BM, BN] and values [BN, DV] into running maximum, sum and weighted values."""
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have met no key yet
-    p = tl.math.exp2(logits - safe[:, None])
-    fade = tl.math.exp2(top - safe)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-    return new_top, total * fade + tl.sum(p, 1), acc
 
 
 # --------------------------------------------------------------------------------------------------------- the kernel
@@ -416,17 +382,6 @@ def config_for(kernel: str, problem: Problem) -> Config:
     return config(kernel, problem.rank, *dims, problem.dtype.itemsize, problem.bias != "none", vendor())
 
 
-def precision() -> str:
-    """float32 products are exact (IEEE) unless torch itself was told to use TF32 for its matrix products."""
-    if vendor() == "hip":  # Triton has no TF32 there
-        return "ieee"
-    switches: Any = torch.backends
-    asked = switches.cuda.matmul.fp32_precision
-    if asked == "none":  # not set by itself: it follows the general switch
-        asked = switches.fp32_precision
-    return "tf32" if asked == "tf32" else "ieee"
-
-
 def three(values: tuple, filler: Any) -> tuple:
     """A tuple of one entry per axis as three axes, `filler` for the leading ones that the grid lacks."""
     return (*(filler,) * (3 - len(values)), *values)
@@ -470,15 +425,6 @@ def blocks(problem: Problem) -> dict[str, Any]:
         "UPCAST": interpreting() and problem.dtype == torch.bfloat16,
         "PRECISION": precision(),
     }
-
-
-def wide(*tensors: Tensor | None) -> bool:
-    """Whether an offset within one batch item of any of the tensors can pass 2^31 - 1."""
-    return any(
-        sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], t.stride()[1:])) >= 2**31 - 1
-        for t in tensors
-        if t is not None
-    )
 
 
 def bias_arguments(bias: Tensor | None, problem: Problem) -> dict[str, int | str]:
@@ -563,11 +509,6 @@ def common_arguments(inputs: Inputs, problem: Problem, cfg: Config, *others: Ten
         **bias_arguments(bias, problem),
         **tile_arguments(cfg),
     }
-
-
-def on_device(tensor: Tensor) -> Any:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device_of(tensor)
 
 
 def reasons(problem: Problem) -> list[str]:

@@ -29,7 +29,6 @@ from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
 from attnzoo.kernels.neighborhood_attention.triton import (
     GEOMETRY,
-    LOG2E,
     Config,
     Inputs,
     bias_of_queries,
@@ -37,22 +36,20 @@ from attnzoo.kernels.neighborhood_attention.triton import (
     config_for,
     count_tiles,
     grid_strides,
-    load_rows,
     member,
     nth_tile,
     offsets_of,
-    on_device,
     place,
     prepare,
     queries_of,
     query_axis,
     rows_of,
-    store_rows,
     three,
     tile_of_program,
     visible,
     window,
 )
+from attnzoo.kernels.triton_shared import LOG2E, load_rows, on_device, store_rows
 
 MOVES = [f"{name}{axis}" for name in ("origin", "moves") for axis in range(3)]
 BIAS_PROGRAMS = 1024  # programs of na_grad_offset_bias in flight: bounds its partial sums to 16 MB at 64 x 64 pairs

@@ -19,10 +19,35 @@ from attnzoo.kernels import dispatch
 _MODULES = {
     "goldens_kernels": ("natten",),
     "goldens_backbones": ("dinat",),
+    "goldens_hosts": ("agent_attention", "inline_attention", "moh"),
+    "goldens_vsa": ("vsa",),
+    "goldens_transnext": ("transnext",),
+    "goldens_timm": ("maxvit", "davit", "halonet", "shvit", "mambaout"),
+    "goldens_fan": ("fan", "tapadl"),
+    "goldens_linear": ("care", "flowformer"),
+    "goldens_sigmoid": ("sigmoid_attention", "flare"),
+    "goldens_shiftadd": ("shiftadd",),
+    "goldens_medvit": ("medvitv2",),
+    "goldens_blocks": (
+        "triplet_attention",
+        "ulsam",
+        "psa",
+        "efficient_attention",
+        "efficient_probing",
+        "sparsifiner",
+        "dependencyvit_thirdparty",
+        "msa_conv",
+    ),
+    "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna",),
     "goldens_vlm": ("var", "pai"),
 }
-SYSTEMS = {system: module for module, systems in _MODULES.items() for system in systems}
+# Variants (file stems without number) that are not run in float64, and why.
+FLOAT32_ONLY: dict[str, str] = {}
+_HERE = Path(__file__).resolve().parent
+SYSTEMS = {
+    system: module for module, systems in _MODULES.items() if (_HERE / f"{module}.py").exists() for system in systems
+}
 
 
 def root() -> Path | None:

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import LeveledModel
 from attnzoo.backbones.blocks.neighborhood import (
     NeighborhoodAttention2D,
     NeighborhoodBlock,
@@ -39,7 +39,7 @@ from attnzoo.backbones.blocks.neighborhood import (
     refuse_attn_drop,
     resample_rel_pos_bias,
 )
-from attnzoo.backbones.blocks.staged import PatchEmbed, TimmHead, intermediate
+from attnzoo.backbones.blocks.staged import PatchEmbed
 from attnzoo.errors import check_choice, check_range
 
 __all__ = ["NATIsotropic", "RelPosAttention2D", "checkpoint_filter_fn"]
@@ -129,7 +129,7 @@ def _drop_stored_index(module: nn.Module, state_dict: dict[str, Any], prefix: st
     state_dict.pop(prefix + "relative_position_index", None)
 
 
-class NATIsotropic(TimmHead):
+class NATIsotropic(LeveledModel):
     """Patch embedding, blocks, norm, mean over tokens, Linear.
 
     Args:
@@ -255,7 +255,7 @@ class NATIsotropic(TimmHead):
         windows = [getattr(layer.attn, "window", (1, 1)) for layer in self.layers]
         return tuple((max(w[axis] for w in windows) - 1) * self.patch_size + 1 for axis in (0, 1))  # type: ignore[return-value]
 
-    def _check_size(self, x: Tensor) -> None:
+    def _check_size(self, x: Tensor, num_levels: int) -> None:
         self._check_image(x)
         height, width = x.shape[2:]
         if not self.dynamic_img_size and (height, width) != (self.img_size, self.img_size):
@@ -271,48 +271,24 @@ class NATIsotropic(TimmHead):
                 f"{need[0]} x {need[1]}, or build the model with pad_small=True"
             )
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The final features and the outputs of blocks; arguments as in StagedTransformer, with blocks for stages and
-        `norm` applied to every map (all have its width).
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        self._check_size(x)
-        layers = self.layers[: max_index + 1] if stop_early else self.layers
-        intermediates = []
-        x = self.pos_drop(self.patch_embed(x))
-        for i, layer in enumerate(layers):
-            x = checkpoint_seq([layer], x) if self.grad_checkpointing else layer(x)
-            if i in take_indices:
-                intermediates.append(intermediate(self.norm(x) if norm else x, output_fmt))
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+    @property
+    def num_levels(self) -> int:
+        return len(self.layers)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the blocks `indices` do not need; returns them counted from the first."""
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
+    def _enter(self, i: int, x: Tensor) -> Tensor:
+        return self.pos_drop(self.patch_embed(x)) if i == 0 else x
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> normalised map [B, h, w, embed_dim]."""
-        self._check_size(x)
-        x = self.pos_drop(self.patch_embed(x))
-        x = checkpoint_seq(self.layers, x) if self.grad_checkpointing else self.layers(x)
+    def _level(self, i: int, x: Tensor) -> Tensor:
+        return checkpoint_seq([self.layers[i]], x) if self.grad_checkpointing else self.layers[i](x)
+
+    def _finish(self, x: Tensor) -> Tensor:
         return self.norm(x)
+
+    def _normed(self, i: int, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def _keep_levels(self, count: int) -> None:
+        self.layers = self.layers[:count]
 
 
 def _square(img_size: int | tuple[int, int], patch_size: int) -> int:

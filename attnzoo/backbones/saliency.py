@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.staged import TimmHead
+from attnzoo.backbones.blocks.contract import TimmHead
 from attnzoo.errors import check_tensor
 
 

@@ -6,23 +6,23 @@ which name its published checkpoints keep the stages.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint_seq
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import LeveledModel
 from attnzoo.backbones.blocks.neighborhood import (
     NeighborhoodAttention2D,
     NeighborhoodBlock,
     drop_path_rates,
     init_weights,
 )
-from attnzoo.errors import check_choice, check_range, check_tensor
+from attnzoo.errors import check_range
 
 
 class Stage(nn.Module):
@@ -47,82 +47,7 @@ class Stage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class TimmHead(nn.Module, ABC):
-    """What timm expects of every classifier here: pooling, `head`, and the ways to change them.
-
-    Subclasses set num_features and call `_init_head`; their `forward_features` returns [B, H, W, num_features].
-    """
-
-    output_fmt = "NHWC"
-    num_features: int
-    feature_info: list[dict[str, Any]]
-
-    def _init_head(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float, dd: dict) -> None:
-        check_range("num_classes", num_classes, low=0)
-        check_range("drop_rate", drop_rate, 0.0, 1.0)
-        check_choice("global_pool", global_pool, ("avg", ""))
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.head_hidden_size = self.num_features
-        self.global_pool = global_pool
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The relative position biases, as in the authors' training."""
-        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The last Linear (Identity where num_classes is 0)."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head of `num_classes` outputs (0: none), and another pooling ("avg", "" for the map) if given."""
-        check_range("num_classes", num_classes, low=0)
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, ("avg", ""))
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = nn.Identity()
-        if num_classes > 0:
-            parameter = next(self.parameters())
-            self.head = nn.Linear(self.num_features, num_classes, device=parameter.device, dtype=parameter.dtype)
-            init_weights(self.head)
-        self.head.train(self.training)
-
-    def _check_image(self, x: Tensor) -> None:
-        check_tensor("x", x, ndim=4)
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, H, W, num_features] -> logits [B, num_classes]; with pre_logits the pooled features."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=(1, 2))
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    @abstractmethod
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> normalised map [B, h, w, num_features]."""
-
-    @abstractmethod
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Images -> (normalised map, list of maps), or the list; see the subclasses."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
-        return self.forward_head(self.forward_features(x))
-
-
-def intermediate(x: Tensor, output_fmt: str) -> Tensor:
-    """A channels-last map in timm's requested layout."""
-    return x.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else x
-
-
-class StagedTransformer(TimmHead):
+class StagedTransformer(LeveledModel):
     """Tokens, stages of neighborhood attention blocks, norm, mean over tokens, Linear.
 
     Args:
@@ -281,64 +206,22 @@ class StagedTransformer(TimmHead):
                         "build the model with pad_small=True"
                     )
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The final features and each stage's output.
+    @property
+    def num_levels(self) -> int:
+        return len(self.stages)
 
-        Args:
-            x: images [B, in_chans, H, W].
-            indices: the last n stages if int, all if None, else these stages.
-            norm: apply the final norm to the last stage's output (no other stage has one of its width).
-            stop_early: skip the stages after the last one asked for.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return the list alone.
+    def _enter(self, i: int, x: Tensor) -> Tensor:
+        return self.pos_drop(self.patch_embed(x)) if i == 0 else self.stages[i - 1].downsample(x)
 
-        Returns (final features [B, h, w, C], list of maps), or the list.
-        """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: max_index + 1] if stop_early else self.stages
-        self._check_size(x, len(stages))
-        last = len(self.stages) - 1
-        intermediates = []
-        x = self.pos_drop(self.patch_embed(x))
-        for i, stage in enumerate(stages):
-            x = stage.forward_blocks(x)
-            if i in take_indices:
-                intermediates.append(intermediate(self.norm(x) if norm and i == last else x, output_fmt))
-            if stage.downsample is not None and i < len(stages) - 1:
-                x = stage.downsample(x)
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
+    def _level(self, i: int, x: Tensor) -> Tensor:
+        return self.stages[i].forward_blocks(x)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the stages `indices` do not need; returns them counted from the first."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        cut = max_index < len(self.stages) - 1
-        if prune_norm or cut:
-            self.norm = nn.Identity()
-        if cut:
-            setattr(self, self.stages_name, self.stages[: max_index + 1])
-            self.stages[-1].downsample = None
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or cut:
-            self.reset_classifier(0, "")
-        return take_indices
+    def _finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> normalised map [B, h, w, num_features]."""
-        self._check_size(x, len(self.stages))
-        return self.norm(self.stages(self.pos_drop(self.patch_embed(x))))
+    def _keep_levels(self, count: int) -> None:
+        setattr(self, self.stages_name, self.stages[:count])
+        self.stages[-1].downsample = None
 
 
 def _dilation_schedule(

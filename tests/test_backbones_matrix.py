@@ -1,0 +1,174 @@
+"""timm's contract for every family of `backbone_families.py`: the same questions, asked of all."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from backbone_families import FAMILIES
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import attnzoo  # noqa: F401  registers the names
+from attnzoo import catalog
+
+NAMES = sorted(FAMILIES)
+
+
+def build(name: str, **kwargs) -> nn.Module:
+    """The family's small model in eval mode, its weights perturbed so that no part is switched off."""
+    entry, small, _, _ = FAMILIES[name]
+    model = timm.create_model(entry, **{"num_classes": 5, **small, **kwargs})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def images(name: str, batch: int = 2, size: tuple[int, int] | None = None) -> Tensor:
+    return torch.randn(batch, 3, *(size or FAMILIES[name][2]), generator=torch.Generator().manual_seed(2))
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
+    assert got.shape == want.shape
+    assert (got.double() - want.double()).norm() <= tolerance * want.double().norm().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_backward_and_determinism(name):
+    model, x = build(name), images(name)
+    out = model(x)
+    assert out.shape == (2, 5) and out.isfinite().all()
+    assert torch.equal(out, model(x))
+    close(model(x[:1]), out[:1], 1e-4)  # an image's logits do not depend on its neighbours in the batch
+    out.square().sum().backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    unused = getattr(model, "unused_parameters", lambda: set())()
+    assert set(without) <= set(unused), without
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_only(name):
+    _, small, size, _ = FAMILIES[name]
+    model = timm.create_model(FAMILIES[name][0], features_only=True, **small).eval()
+    maps = model(images(name, 1))
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    for m, reduction in zip(maps, model.feature_info.reduction()):
+        for got, pixels in zip(m.shape[2:], size):
+            assert abs(got - pixels / reduction) < 1, (tuple(m.shape), reduction)
+    last = timm.create_model(FAMILIES[name][0], features_only=True, out_indices=(-1,), **small).eval()
+    assert [m.shape[1] for m in last(images(name, 1))] == model.feature_info.channels()[-1:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_intermediates(name):
+    model, x = build(name), images(name)
+    final, maps = model.forward_intermediates(x)
+    close(final, model.forward_features(x))
+    close(model.forward_head(final), model(x))
+    assert len(maps) == len(model.feature_info)
+    channels = [info["num_chs"] for info in model.feature_info]
+    assert [m.shape[1] for m in maps] == channels
+    last = model.forward_intermediates(x, indices=1, intermediates_only=True)
+    close(last[0], maps[-1])
+    first = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
+    close(first[0], maps[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reset_classifier(name):
+    model, x = build(name), images(name)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3) and model.num_classes == 3
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    close(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_sizes(name):
+    other = FAMILIES[name][3]
+    if isinstance(other, str):
+        height, width = FAMILIES[name][2]
+        with pytest.raises(ValueError, match=other):
+            build(name)(images(name, 1, (height + 8, width)))
+        return
+    for size in other:
+        assert build(name)(images(name, 1, size)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_autocast(name):
+    model, x = build(name), images(name)
+    want = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(x)
+    assert (got.float() - want).norm() <= 0.1 * want.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_changes_nothing(name):
+    model, x = build(name), images(name)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, want in gradients[0].items():
+        close(gradients[1][key], want, 1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stochastic_depth(name):
+    model, x = build(name, drop_path_rate=0.9), images(name, 8)
+    eval_out = model(x)
+    torch.manual_seed(0)
+    assert not torch.equal(model.train()(x), eval_out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip(name, tmp_path):
+    model, x = build(name), images(name)
+    state = {k: v.contiguous().clone() for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    entry, small, _, _ = FAMILIES[name]
+    again = timm.create_model(
+        entry, **{"num_classes": 5, **small, "checkpoint_path": str(tmp_path / "model.safetensors")}
+    )
+    assert torch.equal(again.eval()(x), model(x))
+    assert load_file(tmp_path / "model.safetensors").keys() == again.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_input_is_named(name):
+    model = build(name)
+    with pytest.raises((ValueError, RuntimeError), match="in_chans|channels"):
+        model(images(name)[:, :2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles(name):
+    model, x = build(name), images(name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(x), model(x), 1e-4)
+    compiled(x).sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_group_matcher_covers_every_parameter(name):
+    model = build(name)
+    for coarse in (False, True):
+        groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse))
+        assert sum(len(names) for names in groups.values()) == len(list(model.parameters()))
+
+
+def test_every_registered_model_belongs_to_a_family():
+    """Each module of models is in the matrix by at least one of its entry points."""
+    modules = {timm.models.model_entrypoint(FAMILIES[name][0]).__module__ for name in NAMES}
+    ours = {m for method in catalog.list_methods("backbones") for m in method.models}
+    assert {timm.models.model_entrypoint(m).__module__ for m in ours} <= modules

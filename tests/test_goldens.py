@@ -68,14 +68,18 @@ def test_published_checkpoints(yardstick: ModuleType, goldens_root: Path, system
         model = adapter.load_published(system, entry["entrypoint"], dict(state))
         if entry.get("params"):
             assert sum(p.numel() for p in model.parameters()) == entry["params"], entry["entrypoint"]
-        held = torch.cat([v.detach().flatten().float() for v in model.state_dict().values() if v.is_floating_point()])
-        held = held.sort().values
+        own = model.state_dict()
+        renamed = {
+            key: tensor.flatten()[[0, tensor.numel() // 2, -1]]
+            for key, tensor in state.items()
+            if tensor.is_floating_point() and tensor.numel() and not yardstick.BUFFERS.search(key)
+            if key not in own or not torch.equal(own[key], tensor)
+        }
         lost = []
-        for key, tensor in state.items():
-            if not tensor.is_floating_point() or not tensor.numel() or yardstick.BUFFERS.search(key):
-                continue
-            sample = tensor.flatten()[[0, tensor.numel() // 2, -1]]
-            at = torch.searchsorted(held, sample).clamp_(max=len(held) - 1)
-            if not torch.equal(held[at], sample):
-                lost.append(key)
+        if renamed:
+            held = (
+                torch.cat([v.detach().flatten().float() for v in own.values() if v.is_floating_point()]).sort().values
+            )
+            at = {key: torch.searchsorted(held, sample).clamp_(max=len(held) - 1) for key, sample in renamed.items()}
+            lost = [key for key, sample in renamed.items() if not torch.equal(held[at[key]], sample)]
         assert not lost, f"{entry['entrypoint']}: {len(lost)} tensors are not in the model, first {lost[:3]}"

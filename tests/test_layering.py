@@ -177,3 +177,21 @@ def test_rooms_load_when_first_used():
         "assert not {'diffusers', 'transformers', 'gradio'} & set(sys.modules)"
     )
     run_python(code)
+
+
+def test_no_kernel_body_stands_twice():
+    """Every Triton function of the tree is another: what two kernels share is a function that both call."""
+    bodies: dict[str, str] = {}
+    for path in MODULES:
+        if not path.stem.startswith("triton"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or "triton.jit" not in " ".join(
+                map(ast.unparse, node.decorator_list)
+            ):
+                continue
+            said = ast.get_docstring(node) is not None
+            body = "\n".join(ast.unparse(statement) for statement in node.body[said:])
+            where = f"{path.relative_to(PACKAGE)}:{node.name}"
+            assert bodies.setdefault(body, where) == where, f"{where} is {bodies[body]} again"
+    assert bodies

@@ -223,6 +223,26 @@ def train_miniature(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The authors' checkpoint: .pth or .safetensors.")],
+    target: Annotated[Path, typer.Argument(help="A folder, or the .safetensors file to write in one.")],
+    model: Annotated[str, typer.Option(help="The timm name of the model.")],
+    settings: Params = None,
+) -> None:
+    """Write a published checkpoint as a folder that timm's local-dir: loads."""
+    from attnzoo import backbones
+
+    report = backbones.convert(source, target, model, **_settings(settings))
+    typer.echo(str(report))
+    for what in ("renamed", "resampled"):
+        for name, became in getattr(report, what).items():
+            typer.echo(f"{what}: {name} -> {became}")
+    for what in ("dropped", "made"):
+        for name in getattr(report, what):
+            typer.echo(f"{what}: {name}")
+
+
+@app.command()
 def classify(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures that PIL can open.")],
     model: Annotated[str, typer.Option(help="A timm name (dinat_tiny, nat_mini …), or miniature.")] = "miniature",

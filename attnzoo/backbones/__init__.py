@@ -13,9 +13,11 @@ from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
+from attnzoo.backbones.weights import LoadReport, convert, load_published
 
 __all__ = [
     "NAT",
+    "LoadReport",
     "DiNAT",
     "DiNAT_s",
     "NATIsotropic",
@@ -23,7 +25,9 @@ __all__ = [
     "NeighborhoodBlock",
     "attention_saliency",
     "classify",
+    "convert",
     "feature_norms",
     "load_model",
+    "load_published",
     "preprocess",
 ]

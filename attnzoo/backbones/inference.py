@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import pickle
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.neighborhood import unwrap_checkpoint
+from attnzoo.backbones.weights import build_for, checkpoint_state, fit_state
 from attnzoo.errors import ReachError, check_range
 
 Picture = str | Path | Image.Image
@@ -164,39 +158,10 @@ def _from_source(name: str, what: str, model: str | None) -> nn.Module:
 
 
 def _from_file(model: str, path: Path) -> nn.Module:
-    state = clean_state_dict(unwrap_checkpoint(_read(path)))
-    cfg = _config(model)
-    sizes: dict[str, Any] = {}
-    for argument, layer, axis in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
-        weight = state.get(f"{cfg.get(layer)}.weight")
-        if isinstance(weight, Tensor) and weight.ndim > axis:
-            sizes[argument] = weight.shape[axis]
-    net = timm.create_model(model, **sizes)
-    fit = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-    try:
-        net.load_state_dict(state if fit is None else fit(state, net), strict=True)
-    except RuntimeError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]]
-        shown = "; ".join(line if len(line) < 200 else line[:200] + " ..." for line in reasons[:3])
-        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-        raise ValueError(f"checkpoint {path.name!r} does not fit {model!r}: {shown}{more}") from error
+    net = build_for(model, checkpoint_state(path), _config(model))
+    fitted, _ = fit_state(checkpoint_state(path, net), net, f"checkpoint {path.name!r}")
+    net.load_state_dict(fitted, strict=False)
     return net
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {_sentence(error)}"
-        ) from error
-    except OSError as error:
-        raise ReachError(f"checkpoint {str(path)!r} can't be read: {error.strerror or error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {str(path)!r} must hold a dict of tensors, got {type(content).__name__}")
-    return content
 
 
 def _labels(net: nn.Module) -> list[str] | None:

@@ -70,15 +70,16 @@ def options_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors(case: dict[str, Any], device: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """query, key, value; the bias or None; and the output's gradient, from one seed."""
-    generator = torch.Generator().manual_seed(0)
+    """query, key, value; the bias or None; and the output's gradient, from one seed of the device."""
+    generator = torch.Generator(device).manual_seed(0)
     shape = (case["batch"], *case["grid"], case["heads"], case["head_dim"])
-    made = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+    made = [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(4)]
     bias = None
     if case.get("bias"):
         kernel = case["kernel_size"]
         kernel = (kernel,) * len(case["grid"]) if isinstance(kernel, int) else kernel
-        bias = torch.randn(case["heads"], *(2 * k - 1 for k in kernel), generator=generator).to(device).requires_grad_()
+        shape = (case["heads"], *(2 * k - 1 for k in kernel))
+        bias = torch.randn(shape, generator=generator, device=device).requires_grad_()
     return [t.requires_grad_() for t in made[:3]], bias, made[3]
 
 
@@ -105,12 +106,12 @@ def contenders(
     return found, [*qkv, *([] if bias is None else [bias])], grad
 
 
-def plan(case: dict[str, Any], dtype: torch.dtype = torch.float32, maker: str = "cuda") -> Plan:
-    """What the case costs, before it runs."""
+def plan(case: dict[str, Any], dtype: torch.dtype = torch.float32, **more: Any) -> Plan:
+    """What the case costs, before it runs; more: `maker` and `tiles` of `plan_neighborhood_attention`."""
     shape = {name: case[name] for name in ("batch", "heads", "head_dim")}
     options = options_of(case)
     return plan_neighborhood_attention(
-        case["grid"], **options, **shape, dtype=dtype, biased=bool(case.get("bias")), maker=maker
+        case["grid"], **options, **shape, dtype=dtype, biased=bool(case.get("bias")), **more
     )
 
 

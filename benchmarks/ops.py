@@ -120,6 +120,11 @@ def other_results(timed: dict[str, Any], wanted: torch.Tensor) -> list[str]:
     return differ
 
 
+def ratio(value: float) -> str:
+    """A ratio with the digits that say something."""
+    return f"{value:.1f} x" if value >= 1 else f"{value:.2f} x"
+
+
 def lines(name: str, report: dict[str, Any]) -> Iterator[str]:
     """A case's report as text."""
     if "ms" not in report:
@@ -130,16 +135,16 @@ def lines(name: str, report: dict[str, Any]) -> Iterator[str]:
         for peer, taken in times.items():
             if peer not in ("ours", "dense"):
                 other = " (another result)" if peer in report["other_result"] else ""
-                peers.append(f"{taken / times['ours']:.1f} x {peer}{other}")
+                peers.append(f"{ratio(taken / times['ours'])} {peer}{other}")
         peers += [f"{peer}: {why}" for peer, why in report["absent"][part].items()]
         yield LINE.format(
             case=name if part == "forward" else f"  (error {report['error']:.0e})",
             part=part,
             ms=f"{times['ours']:.3f}",
-            dense=f"{times['dense'] / times['ours']:.1f} x" if "dense" in times else "-",
+            dense=ratio(times["dense"] / times["ours"]) if "dense" in times else "-",
             sgemm=f"{100 * report['of_sgemm'][part]:.0f} %" if part in report["of_sgemm"] else "-",
             memory=f"{report['memory'][part]:.2f} x",
-            wall=f"{wall['dense'] / wall['ours']:.1f} x" if "dense" in wall else "-",
+            wall=ratio(wall["dense"] / wall["ours"]) if "dense" in wall else "-",
             peers=", ".join(peers),
         ).rstrip()
 

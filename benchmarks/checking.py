@@ -91,20 +91,25 @@ def wanted(tensors: list[Tensor], bias: Tensor | None, grad: Tensor, problem: Pr
 
 
 def got(
-    function: Callable[..., Tensor], tensors: list[Tensor], bias: Tensor | None, grad: Tensor, rows: Tensor
+    function: Callable[..., Tensor],
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    grad: Tensor,
+    rows: Tensor,
+    entry: int = 0,
 ) -> list[Tensor]:
-    """The same list from `function(query, key, value, bias)`."""
+    """The same list from `function(query, key, value, bias)` on a whole batch, of which `entry` is looked at."""
     rows = rows.to(grad.device)
     leaves = [t.detach().requires_grad_() for t in tensors]
     table = None if bias is None else bias.detach().requires_grad_()
     out = function(*leaves, table)
     only = torch.zeros_like(grad)
-    flat_only, flat_grad = (t.flatten(0, -3) for t in (only, grad))
+    flat_only, flat_grad = (t[entry].flatten(0, -3) for t in (only, grad))
     flat_only[rows] = flat_grad[rows]
     inputs = leaves if table is None else [*leaves, table]
     gradients = torch.autograd.grad(out, inputs, only)
-    d_query, d_key, d_value = (t.flatten(0, -3) for t in gradients[:3])
-    found = [out.detach().flatten(0, -3)[rows], d_query[rows], d_key, d_value]
+    d_query, d_key, d_value = (t[entry].flatten(0, -3) for t in gradients[:3])
+    found = [out.detach()[entry].flatten(0, -3)[rows], d_query[rows], d_key, d_value]
     return found if table is None else [*found, gradients[3]]
 
 
@@ -145,7 +150,7 @@ def check(
         rows = sampled_rows(problem, count, seed=entry)
         part, part_grad = [t[entry : entry + 1] for t in tensors], grad[entry : entry + 1]
         truth = wanted(part, bias, part_grad, problem, rows)
-        mine = got(function, part, bias, part_grad, rows)
+        mine = got(function, tensors, bias, grad, rows, entry)
         plain = None if grad.dtype == torch.float32 else got(sdpa(problem, rows), part, bias, part_grad, rows)
         for position, name in enumerate(names):
             errors[name] = max(errors[name], measuring.relative_error([mine[position]], [truth[position]]))

@@ -48,19 +48,27 @@ def plot(results: Path, picture: Path) -> Path:
         for place, (name, colour) in enumerate(COLOURS.items()):
             at = [n for n, result in enumerate(timings.values()) if name in result["ms"]]
             heights = [result["ms"][name] for result in timings.values() if name in result["ms"]]
-            axis.bar([n - 0.4 + (place + 0.5) * width for n in at], heights, width, color=colour, label=name)
+            if at:
+                axis.bar([n - 0.4 + (place + 0.5) * width for n in at], heights, width, color=colour, label=name)
+        named: set[str] = set()
+
+        def once(label: str, named: set[str] = named) -> str | None:
+            new = label not in named
+            named.add(label)
+            return label if new else None
+
         for n, result in enumerate(timings.values()):
             if "speedup" in result:
                 bound = result["ms"][result["dense"]] / result["bound"]
-                axis.hlines(bound, n - 0.45, n + 0.45, colors="black", linewidth=1.5, label="bound" if n == 0 else None)
+                axis.hlines(bound, n - 0.45, n + 0.45, colors="black", linewidth=1.5, label=once("bound"))
             if "published" in result:
                 kernel = result["published"]["kernel"]
-                axis.plot(n, kernel, "D", color="#cc79a7", label="NATTEN, published, H100" if n == 0 else None)
+                axis.plot(n, kernel, "D", color="#cc79a7", label=once("NATTEN, published, H100"))
         axis.set_yscale("log")
         axis.set_ylabel("milliseconds")
         axis.set_title(f"{what}, {dtype}", loc="left")
         axis.set_xticks(range(len(timings)), [name.replace(" k", "\nk", 1) for name in timings], fontsize=8)
-        axis.legend(fontsize=7, ncols=4)
+        axis.legend(fontsize=7, ncols=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130)
     pyplot.close(figure)

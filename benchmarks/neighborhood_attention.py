@@ -97,7 +97,11 @@ def contenders(
     def dense() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(grad.shape)
 
-    found = {"ours": attend("auto"), "reference": attend("reference"), "dense": dense, "flex": attend("flex")}
+    def flex() -> Tensor:  # on a CPU it refuses tensors that require a gradient even where none is recorded
+        taken = [t if t is None or torch.is_grad_enabled() else t.detach() for t in (*qkv, bias)]
+        return neighborhood_attention(*taken[:3], **options, bias=taken[3], backend="flex")
+
+    found = {"ours": attend("auto"), "reference": attend("reference"), "dense": dense, "flex": flex}
     if bias is None and importlib.util.find_spec("natten") is not None:
         import natten
 

@@ -76,7 +76,7 @@ def config_of(entry: Entry, group: Group, contents: dict[str, Any]) -> table.Con
 
 
 def shared_floor(cfg: table.Config, group: Group) -> int:
-    """Bytes of shared memory that an NVIDIA GPU needs at least: what the loop has loaded ahead. `aot` knows the rest."""
+    """Bytes of shared memory that an NVIDIA GPU needs at least, for what the loop loads ahead; `aot` knows the rest."""
     loaded = cfg.num_queries if group.kernel == "grad_key_value" else cfg.num_keys
     return (cfg.num_stages - 1) * loaded * 2 * group.dims * group.itemsize
 

@@ -38,10 +38,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed         ## ratios against a named peer, on this CPU
-	$(BIN)/attnzoo bench neighborhood_attention
+	$(BIN)/attnzoo bench
 
-bench-gpu: $(VENV)/.installed     ## absolute times; needs a GPU
-	$(BIN)/attnzoo bench neighborhood_attention --device cuda
+bench-gpu: $(VENV)/.installed     ## checks, a tuned table of tiles, times, a plot in outputs/gpu; needs a GPU
+	$(BIN)/python -m benchmarks.gpu --out outputs/gpu --tune-out outputs/gpu/neighborhood_attention.json
 
 serve: $(VENV)/.installed         ## the Gradio app on 127.0.0.1
 	$(BIN)/attnzoo serve

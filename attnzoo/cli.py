@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,19 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train an embedded model.")
 app.add_typer(train_app, name="train")
+
+
+class _RunUnlessNamed(typer.core.TyperGroup):
+    """A group whose command `run` needs no name: `bench OPERATION` is `bench run OPERATION`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+bench_app = typer.Typer(cls=_RunUnlessNamed, help="Time the kernels, or plan what a call would cost.")
+app.add_typer(bench_app, name="bench")
 
 _EXTRAS = {
     "diffusers": "generators",
@@ -191,18 +205,128 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def bench(
-    operation: Annotated[str, typer.Argument(help="A kernel operation.")] = "neighborhood_attention",
+@bench_app.command("run")
+def bench_run(
+    operation: Annotated[
+        str | None, typer.Argument(help="A kernel operation; every operation that has a benchmark without it.")
+    ] = None,
     device: Annotated[
-        str, typer.Option(help="cpu: ratios of thread CPU time against a peer; cuda: absolute times.")
+        str, typer.Option(help="cpu: ratios of thread CPU time against named peers; cuda: absolute times.")
     ] = "cpu",
     threads: Annotated[int, typer.Option(help="torch threads of the ratio runs.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    only: Annotated[str | None, typer.Option(help="One case's name.")] = None,
+    minutes: Annotated[float, typer.Option(help="Time for everything; more cases mean fewer repeats.")] = 9.0,
+    flex: Annotated[
+        bool, typer.Option("--flex", help="flex_attention as a peer on a CPU too: it compiles long.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON, after each case.")] = None,
 ) -> None:
-    """Time an operation against a named peer, after their results were compared."""
-    arguments = [operation, "--device", device, "--threads", str(threads)]
+    """Time an operation against named peers, after their results were compared. The word `run` may be left out."""
+    arguments = [*([operation] if operation else []), "--device", device, "--threads", str(threads)]
+    arguments += ["--minutes", str(minutes), *(["--only", only] if only else []), *(["--flex"] if flex else [])]
     raise typer.Exit(_beside("benchmarks.ops").main([*arguments, *(["--json", str(out)] if out else [])]))
+
+
+def _sizes(option: str, text: str) -> Any:
+    """`18x24x24` as a tuple of ints, `7` as an int."""
+    parts = text.lower().split("x")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"{option} takes one number, or one per axis joined by x such as 18x24x24; got {text!r}")
+    numbers = tuple(int(part) for part in parts)
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+@bench_app.command("plan")
+def bench_plan(
+    grid: Annotated[str, typer.Option(help="Tokens per axis, such as 30x48x80.")],
+    kernel_size: Annotated[str, typer.Option(help="The window, one number or one per axis.")],
+    stride: Annotated[str, typer.Option(help="One number or one per axis.")] = "1",
+    dilation: Annotated[str, typer.Option(help="One number or one per axis.")] = "1",
+    causal: Annotated[str, typer.Option(help="1 or 0, or one per axis such as 1x0x0.")] = "0",
+    border: Annotated[str, typer.Option(help="shift, mask or zero.")] = "shift",
+    batch: Annotated[int, typer.Option(help="Batch entries.")] = 1,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 1,
+    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    additional_keys: Annotated[int, typer.Option(help="Keys that every query sees besides its window.")] = 0,
+    tile: Annotated[
+        list[str] | None, typer.Option(help="Another forward tile to try, QUERIES:KEYS such as 2x8x8:2x4x8.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Whose data sheet the estimated roofline takes.")] = "H100",
+    as_json: Annotated[bool, typer.Option("--json", help="All counts as JSON.")] = False,
+) -> None:
+    """Count what neighborhood attention would cost before anything runs: exact FLOPs, density, speed-up bound."""
+    import torch
+
+    from attnzoo.kernels import plan_neighborhood_attention
+    from attnzoo.kernels.planning import GPUS
+
+    check_choice("--dtype", dtype, ("float16", "bfloat16", "float32"))
+    check_choice("--gpu", gpu, GPUS)
+    flags = causal.lower().split("x")
+    if not set(flags) <= {"0", "1"}:
+        raise ValueError(f"--causal takes 1 or 0, or one per axis such as 1x0x0; got {causal!r}")
+    is_causal: Any = tuple(flag == "1" for flag in flags)
+    tiles: list[Any] = []
+    for text in tile or []:
+        parts = [_sizes("--tile", part) for part in text.split(":")]
+        tiles.append(tuple((part,) if isinstance(part, int) else part for part in parts))
+    tokens = _sizes("--grid", grid)
+    plan = plan_neighborhood_attention(
+        (tokens,) if isinstance(tokens, int) else tokens,
+        _sizes("--kernel-size", kernel_size),
+        _sizes("--stride", stride),
+        _sizes("--dilation", dilation),
+        is_causal if len(is_causal) > 1 else is_causal[0],
+        border=border,
+        batch=batch,
+        heads=heads,
+        head_dim=head_dim,
+        dtype=getattr(torch, dtype),
+        additional_keys=additional_keys,
+        maker="hip" if gpu.startswith("MI") else "cuda",
+        tiles=tiles,
+    )
+    roofline = plan.roofline(gpu)
+    if as_json:
+        typer.echo(json.dumps({**plan.to_dict(), "estimated_roofline_ms": roofline}, indent=1))
+        return
+    summary = Table(show_header=False)
+    summary.add_row("density", f"{100 * plan.density:.4g} % of all query-key pairs")
+    table = Table("pass", "what", "queries", "keys", "warps / stages", "GFLOP", "executed / useful", "bound over dense")
+
+    def row(name: str, what: str, walk: Any, flops: int, part: Any) -> None:
+        tile_of = ["x".join(map(str, t)) for t in (walk.queries, walk.keys)] if walk else ["", ""]
+        cut = f"{walk.num_warps} / {walk.num_stages}" if walk and walk.num_warps else ""
+        figures = (f"{flops / 1e9:,.3f}", f"{flops / part.useful_flops:.2f}", f"{part.dense_flops / flops:.2f} x")
+        table.add_row(name, what, *tile_of, cut, *figures)
+
+    for name, part in (("forward", plan.forward), ("backward", plan.backward)):
+        summary.add_row(f"{name}, dense", f"{part.dense_flops / 1e9:,.3f} GFLOP")
+        summary.add_row(f"{name}, useful", f"{part.useful_flops / 1e9:,.3f} GFLOP, {part.ideal:.2f} x less than dense")
+        if len(part.triton) > 1:
+            for walk in part.triton:
+                cut = ["x".join(map(str, t)) for t in (walk.queries, walk.keys)]
+                warps = f"{walk.num_warps} / {walk.num_stages}"
+                table.add_row(name, f"triton {walk.kernel}", *cut, warps, f"{walk.flops / 1e9:,.3f}", "", "")
+            row(name, "triton, all kernels", None, part.executed_flops, part)
+        else:
+            row(name, "triton, the table's tiles", part.triton[0], part.executed_flops, part)
+        for walk in part.others:
+            row(name, "triton, other tiles", walk, walk.flops, part)
+        row(name, "CPU path", part.tiled, part.tiled.flops, part)
+    traffic = plan.traffic
+    summary.add_row(
+        "estimate: memory traffic forward",
+        f"{traffic.once / 1e6:,.1f} MB if every tensor moves once, {traffic.walked / 1e6:,.1f} MB without any cache",
+    )
+    summary.add_row(
+        f"estimate: roofline forward, {gpu}",
+        f"at least {max(roofline['compute'], roofline['memory']):.4g} ms, bound by {roofline['bound']} "
+        f"({roofline['compute']:.4g} ms of products at the data sheet's rate, {roofline['memory']:.4g} ms of memory)",
+    )
+    _console().print(summary)
+    _console().print(table)
 
 
 @train_app.command("miniature")

@@ -1,204 +1,230 @@
-"""Kernel benchmarks: inputs as data, a peer on the same input in the same run, and no number before the results agree.
+"""Kernel benchmarks on this machine: ratios to named peers on the same input in the same run.
 
-    python -m benchmarks.ops neighborhood_attention [--threads 1] [--device cpu|cuda] [--only NAME] [--json FILE]
+    python -m benchmarks.ops [OPERATION] [--only CASE] [--threads 1] [--minutes 9] [--flex] [--json FILE]
 
-Per input: the operation is compared with its own reference (output and gradients); where they disagree, no speed is
-printed and the exit status is 1. On the CPU the number is dense time / our time, from medians of interleaved runs of
-the thread's CPU time (one thread), beside wall-clock ratios with two threads. "dense" is scaled_dot_product_attention
-over all tokens without a mask; NATTEN's CPU path joins where natten can be imported. On a GPU it is milliseconds and
-the GPU's name.
+Without OPERATION every module of this folder that has CASES runs. Per case the operation is first compared with its
+reference, output and gradients; where they disagree no speed is printed and the exit status is 1. On the CPU the
+figures come from medians of interleaved runs of the thread's CPU time (one thread):
+
+    ms          of ours
+    x dense     dense time over our time; other peers stand at the end of the line
+    of sgemm    our rate in FLOPs that the formula needs, over that of a 1024 x 1024 x 1024 float32 product measured
+                beside the case
+    memory      peak allocation beyond inputs and results, over the bytes of inputs and output
+    2 threads   x dense again, by wall clock with two threads
+
+On a GPU (--device cuda) ms is wall clock between synchronisations, and "2 threads" is left out; benchmarks.gpu measures
+there with more care.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
-import statistics
+import pkgutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from attnzoo.kernels import neighborhood_attention
+import benchmarks
+from benchmarks import measuring
 
-# name: batch, grid, heads, head_dim, and the operation's own arguments; "bias" asks for an offset bias and its gradient
-NEIGHBORHOOD_ATTENTION: dict[str, dict[str, Any]] = {
-    "56x56 k7": {"batch": 1, "grid": (56, 56), "heads": 4, "head_dim": 32, "kernel_size": 7},
-    "56x56 k7 batch 8": {"batch": 8, "grid": (56, 56), "heads": 4, "head_dim": 32, "kernel_size": 7},
-    "56x56 k7 d8 batch 8": {"batch": 8, "grid": (56, 56), "heads": 4, "head_dim": 32, "kernel_size": 7, "dilation": 8},
-    "28x28 k7 batch 8": {"batch": 8, "grid": (28, 28), "heads": 4, "head_dim": 32, "kernel_size": 7},
-    "56x56 k7 bias": {"batch": 1, "grid": (56, 56), "heads": 4, "head_dim": 32, "kernel_size": 7, "bias": True},
-    "8x28x28 k3x7x7": {"batch": 1, "grid": (8, 28, 28), "heads": 4, "head_dim": 32, "kernel_size": (3, 7, 7)},
-    "4096 k257 causal": {
-        "batch": 1, "grid": (4096,), "heads": 4, "head_dim": 64, "kernel_size": 257, "is_causal": True,
-    },
-}  # fmt: skip
-INPUTS = {"neighborhood_attention": NEIGHBORHOOD_ATTENTION}
 TOLERANCE = 1e-5  # relative, in float32, against the reference
-SHAPE = ("batch", "grid", "heads", "head_dim", "bias")
-
-Run = Callable[[], Any]
-
-
-def tensors(case: dict[str, Any], device: str) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """query, key, value; the bias or None; and the output's gradient, from one seed."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (case["batch"], *case["grid"], case["heads"], case["head_dim"])
-    made = [torch.randn(shape, generator=generator).to(device) for _ in range(4)]
-    bias = None
-    if case.get("bias"):
-        kernel = case["kernel_size"]
-        kernel = (kernel,) * len(case["grid"]) if isinstance(kernel, int) else kernel
-        bias = torch.randn(case["heads"], *(2 * k - 1 for k in kernel), generator=generator).to(device).requires_grad_()
-    return [t.requires_grad_() for t in made[:3]], bias, made[3]
+SAME = 1e-3  # a peer's output within this of the reference's computes the same thing
+LINE = "  {case:30} {part:20} {ms:>9} {dense:>8} {sgemm:>9} {memory:>7} {wall:>10}  {peers}"
 
 
-def contenders(case: dict[str, Any], device: str) -> tuple[dict[str, Callable[[], Tensor]], list[Tensor], Tensor]:
-    """What runs on one case, by name, "ours" and "dense" among them; their inputs; the output's gradient."""
-    qkv, bias, grad = tensors(case, device)
-    options = {k: v for k, v in case.items() if k not in SHAPE}
-    query, key, value = qkv
-    q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in qkv)
-
-    def ours() -> Tensor:
-        return neighborhood_attention(query, key, value, **options, bias=bias)
-
-    def reference() -> Tensor:
-        return neighborhood_attention(query, key, value, **options, bias=bias, backend="reference")
-
-    def dense() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(grad.shape)
-
-    found: dict[str, Callable[[], Tensor]] = {"ours": ours, "reference": reference, "dense": dense}
-    if bias is None and importlib.util.find_spec("natten") is not None:
-        import natten
-
-        natten_function = getattr(natten, f"na{len(case['grid'])}d")
-        found["natten"] = lambda: natten_function(*qkv, **options)
-    return found, [*qkv, *([] if bias is None else [bias])], grad
+def discover() -> dict[str, ModuleType]:
+    """The operations that have a benchmark here, by name."""
+    found = {}
+    for module in sorted(pkgutil.iter_modules(benchmarks.__path__), key=lambda module: module.name):
+        loaded = importlib.import_module(f"benchmarks.{module.name}")
+        if hasattr(loaded, "CASES") and hasattr(loaded, "contenders"):
+            found[module.name] = loaded
+    return found
 
 
-def disagreement(ours: Run, reference: Run, inputs: list[Tensor], grad: Tensor) -> float:
-    """The largest relative error of output and gradients."""
-    results = []
-    for function in (ours, reference):
-        out = function()
-        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
-
-
-def medians(runs: dict[str, Run], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median milliseconds of each, the runs interleaved."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            taken[name].append(1e3 * (clock() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def cuda_clock() -> float:
-    """Seconds, after all work on the GPU is done."""
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def measure(case: dict[str, Any], device: str, repeats: int, clock: Callable[[], float]) -> dict[str, dict[str, float]]:
-    """Median milliseconds by pass and contender."""
-    runs, inputs, grad = contenders(case, device)
-    del runs["reference"]
-
-    def forward(function: Callable[[], Tensor]) -> Run:
-        def run() -> None:
-            with torch.no_grad():
-                function()
-
-        return run
-
-    def both(function: Callable[[], Tensor], given: list[Tensor]) -> Run:
-        return lambda: torch.autograd.grad(function(), given, grad)
-
-    passes = {"forward": {name: forward(function) for name, function in runs.items()}}
-    passes["forward+backward"] = {
-        name: both(function, inputs if name == "ours" else inputs[:3])
-        for name, function in runs.items()
-        if name != "natten" or device != "cpu"  # natten's CPU path has no backward
+def peers_of(runs: dict[str, Any], device: str, flex: bool) -> dict[str, Any]:
+    """The contenders to time: not the reference, and on a CPU flex only when it was asked for."""
+    return {
+        name: run for name, run in runs.items() if name != "reference" and (name != "flex" or flex or device != "cpu")
     }
-    return {name: medians(contestants, repeats, clock) for name, contestants in passes.items()}
 
 
-def line(name: str, times: dict[str, float], wall: dict[str, float] | None) -> str:
-    """One row of the table."""
-    peers = [peer for peer in times if peer != "ours"]
-    text = ", ".join(f"{times[peer] / times['ours']:.1f} x {peer}" for peer in peers)
-    beside = "" if wall is None else f"   (2 threads, wall clock: {wall['dense'] / wall['ours']:.1f} x dense)"
-    return f"  {name:17} {text}{beside}"
+def run_case(
+    module: ModuleType, case: dict[str, Any], device: str, threads: int, repeats: int, seconds: float, flex: bool
+) -> dict[str, Any]:
+    """Compare and measure one case; "error" above TOLERANCE (or NaN) comes without any figure."""
+    torch.set_num_threads(threads)
+    runs, inputs, grad = module.contenders(case, device, torch.float32)
+    wanted = measuring.results(runs["reference"], inputs, grad)
+    got = measuring.results(runs["ours"], inputs, grad)
+    report: dict[str, Any] = {"error": measuring.relative_error(got, wanted)}
+    if not report["error"] <= TOLERANCE:
+        return report
+    sizes = measuring.nbytes([*inputs, grad])
+    timed = peers_of(runs, device, flex)
+    report["other_result"] = other_results(timed, wanted[0])
+    del got, wanted
+    # one thread does all its work on the calling thread; with more, only the process's clock sees it
+    clock: Callable[[], float] = time.thread_time if threads == 1 else time.process_time
+    if device == "cuda":
+        clock = measuring.cuda_clock
+    rate = measuring.matmul_rate(clock, device)
+    report |= {
+        "sgemm_gflops": rate / 1e9,
+        "ms": {},
+        "absent": {},
+        "memory": {},
+        "wall_ms_2_threads": {},
+        "of_sgemm": {},
+    }
+    flops = module.useful_flops(case) if hasattr(module, "useful_flops") else None
+    share = seconds / (2 if device == "cuda" else 4)
+    parts = measuring.passes(timed, inputs, grad)
+    for position, (part, contestants) in enumerate(parts.items()):
+        report["ms"][part], report["absent"][part] = measuring.medians(contestants, repeats, share, clock)
+        report["memory"][part] = measuring.extra_memory(contestants["ours"], device) / sizes
+        if flops is not None:
+            report["of_sgemm"][part] = flops[position] / (report["ms"][part]["ours"] / 1e3) / rate
+    if device == "cpu" and "dense" in timed:
+        torch.set_num_threads(2)
+        for part, contestants in parts.items():
+            pair = {name: contestants[name] for name in ("ours", "dense") if name in report["ms"][part]}
+            report["wall_ms_2_threads"][part], _ = measuring.medians(
+                pair, max(1, repeats // 2), share / 2, time.perf_counter
+            )
+        torch.set_num_threads(threads)
+    return report
+
+
+def other_results(timed: dict[str, Any], wanted: torch.Tensor) -> list[str]:
+    """Peers, dense attention aside, whose output is not the reference's: they compute something else."""
+    differ = []
+    for name, run in timed.items():
+        if name == "ours" or name.startswith("dense"):
+            continue
+        try:
+            with torch.no_grad():
+                error = measuring.relative_error([run()], [wanted])
+        except Exception:
+            continue  # the timing, which tries it again, tells why
+        if not error <= SAME:
+            differ.append(name)
+    return differ
+
+
+def ratio(value: float) -> str:
+    """A ratio with the digits that say something."""
+    return f"{value:.1f} x" if value >= 1 else f"{value:.2f} x"
+
+
+def lines(name: str, report: dict[str, Any]) -> Iterator[str]:
+    """A case's report as text."""
+    if "ms" not in report:
+        yield f"  {name}: no speed: relative error {report['error']:.1e} against the reference, allowed {TOLERANCE:.0e}"
+        return
+    for part, times in report["ms"].items():
+        wall, peers = report["wall_ms_2_threads"].get(part, {}), []
+        for peer, taken in times.items():
+            if peer not in ("ours", "dense"):
+                other = " (another result)" if peer in report["other_result"] else ""
+                peers.append(f"{ratio(taken / times['ours'])} {peer}{other}")
+        peers += [f"{peer}: {why}" for peer, why in report["absent"][part].items()]
+        yield LINE.format(
+            case=name if part == "forward" else f"  (error {report['error']:.0e})",
+            part=part,
+            ms=f"{times['ours']:.3f}",
+            dense=ratio(times["dense"] / times["ours"]) if "dense" in times else "-",
+            sgemm=f"{100 * report['of_sgemm'][part]:.0f} %" if part in report["of_sgemm"] else "-",
+            memory=f"{report['memory'][part]:.2f} x",
+            wall=ratio(wall["dense"] / wall["ours"]) if "dense" in wall else "-",
+            peers=", ".join(peers),
+        ).rstrip()
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, checked. Raises ValueError for a value that can't be."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("operation", nargs="?", help="all of them without it")
+    parser.add_argument("--threads", type=int, default=1, help="for the CPU-time medians (1 is the one to quote)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--only", help="one case's name")
+    parser.add_argument("--repeats", type=int, default=7, help="most runs of one contender")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for everything; what is left is shared out")
+    parser.add_argument("--flex", action="store_true", help="flex_attention as a peer on a CPU too: it compiles long")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, after each case")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; see the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("operation", choices=sorted(INPUTS))
-    parser.add_argument("--threads", type=int, default=1, help="for the CPU-time medians (1 is the one to quote)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", help="one input's name")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", metavar="FILE", help="write all times, in milliseconds")
-    options = parser.parse_args(arguments)
-    cases = INPUTS[options.operation]
-    if options.only is not None and options.only not in cases:
-        parser.error(f"--only must be one of {', '.join(map(repr, cases))}, got {options.only!r}")
-    cuda = options.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch sees, and it sees none")
+    """The command; see the module's text. Raises ValueError for arguments that can't be served."""
+    options = _arguments(arguments)
+    found = discover()
+    if options.operation is not None and options.operation not in found:
+        raise ValueError(f"operation must be one of {', '.join(map(repr, found))}, got {options.operation!r}")
+    if options.device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {options.device!r}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda needs a GPU that torch sees, and it sees none")
     for name in ("threads", "repeats"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, got {options.minutes}")
+    chosen = found if options.operation is None else {options.operation: found[options.operation]}
+    work = [
+        (operation, name, case)
+        for operation, module in chosen.items()
+        for name, case in module.CASES.items()
+        if options.only in (None, name)
+    ]
+    if not work:
+        names = [name for module in chosen.values() for name in module.CASES]
+        raise ValueError(f"--only must be one of {', '.join(map(repr, names))}, got {options.only!r}")
+
+    cuda = options.device == "cuda"
     machine = torch.cuda.get_device_name() if cuda else f"{options.threads} CPU thread(s), thread CPU time"
-    print(
-        f"{options.operation}, float32, torch {torch.__version__}, {machine}, median of {options.repeats}, interleaved"
-    )
-    report, failed = [], False
-    for name, case in cases.items():
-        if options.only not in (None, name):
-            continue
-        torch.set_num_threads(options.threads)
-        runs, inputs, grad = contenders(case, options.device)
-        error = disagreement(runs["ours"], runs["reference"], inputs, grad)
-        print(f"{name}: relative error against the reference {error:.1e}", flush=True)
-        if not error <= TOLERANCE:
-            print(f"  no speed: more than {TOLERANCE:.0e}")
-            failed = True
-            continue
-        # one thread does all its work on the calling thread; with more, only the process's clock sees it
-        clock = cuda_clock if cuda else time.thread_time if options.threads == 1 else time.process_time
-        times, wall = measure(case, options.device, options.repeats, clock), {}
-        if not cuda:
-            torch.set_num_threads(2)
-            wall = measure(case, options.device, max(1, options.repeats // 2), time.perf_counter)
-        for what, taken in times.items():
-            if cuda:
-                print(f"  {what:17} " + ", ".join(f"{peer} {t:.3f} ms" for peer, t in taken.items()), flush=True)
-            else:
-                print(line(what, taken, wall.get(what)), flush=True)
-        report.append({"input": name, "error": error, "ms": times, "wall_ms_2_threads": wall})
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(
-                {"operation": options.operation, "machine": machine, "torch": torch.__version__, "results": report},
-                file,
-                indent=1,
+    print(f"float32, torch {torch.__version__}, {machine}; medians of at most {options.repeats}, interleaved")
+    heading = {"case": "case", "part": "pass", "ms": "ms", "dense": "x dense", "sgemm": "of sgemm"}
+    heading |= {"memory": "memory", "wall": "2 threads", "peers": "other peers"}
+    deadline = time.perf_counter() + 60 * options.minutes
+    reports: dict[str, Any] = {}
+    failed, previous, threads = False, None, torch.get_num_threads()
+    try:
+        for position, (operation, name, case) in enumerate(work):
+            if operation != previous:
+                print(f"{operation}\n{LINE.format(**heading)}", flush=True)
+                previous = operation
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                print(f"  {name}: not measured, the {options.minutes:g} minutes are over")
+                failed = True
+                continue
+            seconds = left / (len(work) - position)
+            report = run_case(
+                found[operation], case, options.device, options.threads, options.repeats, seconds, options.flex
             )
+            print("\n".join(lines(name, report)), flush=True)
+            failed |= "ms" not in report
+            reports.setdefault(operation, {})[name] = report
+            if options.json:
+                whole = {"machine": machine, "torch": torch.__version__, "operations": reports}
+                Path(options.json).write_text(json.dumps(whole, indent=1))
+    finally:
+        torch.set_num_threads(threads)
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -118,6 +118,77 @@ def test_demo_writes_one_page_and_the_same_numbers(run, tmp_path):
         assert 0 <= figures["chair_s"] <= 1 and (name == "plain" or len(figures["recall_over_control"]) == 3)
 
 
+HUNYUAN = ("--grid", "30x48x80", "--kernel-size", "18x24x24", "--stride", "16x8x8", "--head-dim", 128, "--heads", 24)
+
+
+def test_bench_plan_tells_before_anything_runs(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, said = run("bench", "plan", *HUNYUAN, "--tile", "2x8x8:2x4x8")
+    assert status == 0 and "9 % of all query-key pairs" in said and "163,074.540 GFLOP" in said
+    assert "11.11 x" in said and "2x8x8" in said and "CPU path" in said and "grad_key_value" in said
+    assert said.count("estimate") == 2 and "H100" in said
+
+
+def test_bench_plan_as_json_is_what_the_function_says(run):
+    import torch
+
+    from attnzoo.kernels import plan_neighborhood_attention
+
+    status, said = run("bench", "plan", *HUNYUAN, "--json")
+    told = json.loads(said)
+    plan = plan_neighborhood_attention((30, 48, 80), (18, 24, 24), (16, 8, 8), head_dim=128, heads=24)
+    assert status == 0 and {k: told[k] for k in plan.to_dict()} == json.loads(json.dumps(plan.to_dict()))
+    options = ("--dilation", "2x1", "--causal", "0x1", "--border", "mask", "--batch", 3, "--additional-keys", 5)
+    status, said = run("bench", "plan", "--grid", "9x8", "--kernel-size", 3, *options, "--dtype", "float32", "--json")
+    plan = plan_neighborhood_attention(
+        (9, 8), 3, 1, (2, 1), (False, True), border="mask", batch=3, additional_keys=5, dtype=torch.float32
+    )
+    assert status == 0 and json.loads(said)["forward"]["executed_flops"] == plan.forward.executed_flops
+    status, said = run("bench", "plan", "--grid", 64, "--kernel-size", 9, "--causal", 1, "--gpu", "MI300X", "--json")
+    assert status == 0 and json.loads(said)["problem"]["is_causal"] == [True]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (("--grid", "8xx", "--kernel-size", 3), "--grid"),
+        (("--grid", "8x8", "--kernel-size", "three"), "--kernel-size"),
+        (("--grid", "8x8", "--kernel-size", 9), "kernel_size"),
+        (("--grid", "8x8", "--kernel-size", "3x3x3"), "kernel_size"),
+        (("--grid", "8x8", "--kernel-size", 3, "--causal", "yes"), "--causal"),
+        (("--grid", "8x8", "--kernel-size", 3, "--dtype", "int8"), "--dtype"),
+        (("--grid", "8x8", "--kernel-size", 3, "--gpu", "H1000"), "--gpu"),
+        (("--grid", "8x8", "--kernel-size", 3, "--tile", "8x8"), "tiles"),
+        (("--grid", "8x8", "--kernel-size", 3, "--heads", 0), "heads"),
+    ],
+)
+def test_bench_plan_names_what_is_wrong(run, arguments, named):
+    status, said = run("bench", "plan", *arguments)
+    assert status == 2 and said.startswith("error: ") and named in said and len(said.splitlines()) == 1
+
+
+def test_bench_runs_one_operation_or_all_of_them(run, monkeypatch, tmp_path):
+    calls = []
+
+    class Runner:
+        @staticmethod
+        def main(arguments):
+            calls.append(arguments)
+            return 0
+
+    monkeypatch.setattr(cli, "_beside", lambda name: Runner)
+    assert run("bench")[0] == 0
+    assert run("bench", "neighborhood_attention", "--device", "cuda")[0] == 0
+    assert run("bench", "--threads", 2, "--out", tmp_path / "a.json")[0] == 0
+    assert run("bench", "run", "linear_attention", "--flex", "--only", "one case")[0] == 0
+    assert calls[0] == ["--device", "cpu", "--threads", "1", "--minutes", "9.0"]
+    assert calls[1][:3] == ["neighborhood_attention", "--device", "cuda"]
+    assert calls[2][-2:] == ["--json", str(tmp_path / "a.json")] and "2" in calls[2]
+    assert calls[3][0] == "linear_attention" and calls[3][-3:] == ["--only", "one case", "--flex"]
+    status, said = run("bench", "--help")
+    assert status == 0 and "plan" in said and "run" in said
+
+
 def test_a_missing_extra_is_named(monkeypatch, run):
     def missing(*args: object, **kwargs: object) -> None:
         raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnzoo.errors import check_range, per_axis
 from attnzoo.kernels.neighborhood_attention.problem import axis_windows
+from attnzoo.kernels.planning import axis_pairs
 
 
 def axis_table(size: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> Tensor:
@@ -85,5 +86,5 @@ def density(
     """
     share = 1.0
     for axis in _axes(grid, kernel_size, stride, dilation, is_causal):
-        share *= axis_table(*axis).sum().item() / axis[0] ** 2
+        share *= axis_pairs(*axis) / axis[0] ** 2
     return share

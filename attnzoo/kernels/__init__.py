@@ -4,6 +4,7 @@
     edited_attention         attention whose softmax is edited for some rows; grouped_attention, combine_groups,
                              group_masses, attention_probs, attention_column_sums, Visibility
     merge_attentions         partial results joined by their lse
+    plan_neighborhood_attention   its useful and executed FLOPs and speed-up bound, before anything runs
     BACKENDS, use_backend, not_supported_reasons   which back end serves a call, and why another can't
 
 torch is needed, triton only by the back end of that name.
@@ -21,9 +22,11 @@ from attnzoo.kernels.edited_attention import (
 )
 from attnzoo.kernels.merge import merge_attentions
 from attnzoo.kernels.neighborhood_attention import na1d, na2d, na3d, neighborhood_attention, neighborhood_logits
+from attnzoo.kernels.planning import Plan, plan_neighborhood_attention
 
 __all__ = [
     "BACKENDS",
+    "Plan",
     "Visibility",
     "attention_column_sums",
     "attention_probs",
@@ -38,5 +41,6 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_logits",
     "not_supported_reasons",
+    "plan_neighborhood_attention",
     "use_backend",
 ]

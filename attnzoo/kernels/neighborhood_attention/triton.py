@@ -13,10 +13,7 @@ Importing this module imports triton, so it is itself imported lazily.
 # (Triton kernels annotate only their compile-time arguments.)
 
 import functools
-import json
 import math
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +26,7 @@ from attnzoo.kernels.dispatch import interpreting
 from attnzoo.kernels.launch import launch, vendor
 from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
+from attnzoo.kernels.neighborhood_attention.table import Config, config
 from attnzoo.kernels.triton_shared import (
     LN2,
     LOG2E,
@@ -332,48 +330,6 @@ def na_forward(
 
 
 # ------------------------------------------------------------------------------------------------------- the launcher
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a kernel is cut: tiles of queries and keys (three axes), warps per program, pipeline stages."""
-
-    queries: tuple[int, int, int]
-    keys: tuple[int, int, int]
-    num_warps: int
-    num_stages: int
-
-
-@functools.cache
-def _table() -> dict[str, Any]:
-    text = resources.files("attnzoo.configs").joinpath("autotune/neighborhood_attention.json").read_text()
-    return json.loads(text)
-
-
-def bucket(head_dim: int, head_dim_v: int) -> int:
-    """The head dims of the configuration table are powers of two from 32: the one that holds both."""
-    return max(32, triton.next_power_of_2(max(head_dim, head_dim_v)))
-
-
-@functools.cache
-def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, biased: bool, maker: str) -> Config:
-    """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
-
-    An entry may carry other numbers for calls with a bias ("biased": its indices take registers), and for "hip", which
-    win. maker is "cuda", "hip" or "interpreter"; the interpreter, whose cost is per step, has tiles of its own.
-    """
-    if maker == "interpreter":
-        entry = _table()["interpreter"]
-    else:
-        entry = _table()["kernels"][kernel][str(itemsize)][str(bucket(head_dim, head_dim_v))]
-        entry = entry | (entry.get("biased", {}) if biased else {}) | (entry.get("hip", {}) if maker == "hip" else {})
-    shapes = _table()["tiles"][str(rank)]
-
-    def tile(tokens: int) -> tuple[int, int, int]:
-        shape = shapes[str(tokens)]
-        return (*(1,) * (3 - rank), *shape)  # type: ignore[return-value]
-
-    return Config(tile(entry["queries"]), tile(entry["keys"]), entry["warps"], entry["stages"])
 
 
 def config_for(kernel: str, problem: Problem) -> Config:

@@ -1,0 +1,212 @@
+"""One of the two softmaxes, between few agents and many tokens, in pieces of tokens; the agents are always whole.
+
+A piece's logits are x [batch * heads, agents, tokens] in both stages (`heads` are key/value heads, and the query heads
+that share one are folded into the agents). The agents collect by a softmax over tokens, the tokens by one over agents:
+
+    collect   out_a = sum_n p_an value_n     lse_a over the tokens: kept up to date piece by piece
+    spread    out_n = sum_a p_an value_a     lse_n over the agents: a piece has all of them
+
+The gradients recompute p = exp(x - lse), piece by piece; nothing agents x tokens is kept between the passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.kernels.pieces import Piece, pieces
+
+INF = float("inf")
+ALL = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What makes the logits: agents . tokens * scale + bias, where the mask lets a token be seen.
+
+    agents: [B, A, H, D]; tokens: [B, N, Hkv, D]; bias: [B or 1, H or 1, A, N] or None; mask: [B or 1, N] bool or None.
+    """
+
+    agents: Tensor
+    tokens: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is computed in: float32, or float64 for float64."""
+        return torch.promote_types(self.agents.dtype, torch.float32)
+
+    def pieces(self, *widths: int):  # type: ignore[no-untyped-def]
+        """Pieces of the tokens."""
+        batch, num_tokens, num_heads, head_dim = self.tokens.shape
+        repeats = self.agents.shape[2] // num_heads
+        width = max(repeats * self.agents.shape[1], head_dim, *widths)
+        return pieces(batch, num_heads, num_tokens, width, self.tokens.device, repeats)
+
+    def scaled_agents(self, piece: Piece) -> Tensor:
+        """[batch * heads, repeats * A, D], times scale."""
+        return piece.fold(self.agents, ALL, self.dtype) * self.scale
+
+    def apart(self, x: Tensor, piece: Piece) -> Tensor:
+        """View of x [batch * heads, repeats * A, n] as [batch, query heads, A, n]."""
+        batch, heads = piece.counts
+        return x.view(batch, heads * piece.repeats, self.agents.shape[1], -1)
+
+    def bias_of(self, bias: Tensor, piece: Piece, some: slice) -> Tensor:
+        """The piece's part of a tensor like the bias, broadcast axes left at 1."""
+        b = piece.batch if bias.shape[0] > 1 else ALL
+        h = piece.query_heads if bias.shape[1] > 1 else ALL
+        return bias[b, h, :, some]
+
+    def logits(self, agents: Tensor, tokens: Tensor, piece: Piece, some: slice) -> Tensor:
+        """x [batch * heads, repeats * A, n] of `scaled_agents` and tokens [batch * heads, n, D]."""
+        x = torch.bmm(agents, tokens.transpose(1, 2))
+        if self.bias is not None:
+            self.apart(x, piece).add_(self.bias_of(self.bias, piece, some))
+        if self.mask is not None:
+            seen = self.mask[piece.batch if self.mask.shape[0] > 1 else ALL, None, None, some]
+            self.apart(x, piece).masked_fill_(~seen, -INF)
+        return x
+
+
+def _finite(top: Tensor) -> Tensor:
+    """Row maxima that can be subtracted: 0 where a row has nothing but -inf."""
+    return top.masked_fill(top == -INF, 0.0)
+
+
+def collect(stage: Stage, value: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """out [B, A, H, Dv] in value's dtype and lse [B, A, H]; only lse where value [B, N, Hkv, Dv] is None."""
+    batch, num_agents, num_heads, _ = stage.agents.shape
+    lse = stage.agents.new_empty((batch, num_agents, num_heads), dtype=stage.dtype)
+    out = None if value is None else value.new_empty((*lse.shape, value.shape[3]))
+    for piece in stage.pieces():
+        agents = stage.scaled_agents(piece)
+        top = agents.new_full((*agents.shape[:2], 1), -INF)
+        total = torch.zeros_like(top)
+        summed = None if value is None else agents.new_zeros((*agents.shape[:2], value.shape[3]))
+        for some in piece.steps(stage.tokens.shape[1]):
+            x = stage.logits(agents, piece.take(stage.tokens, some, stage.dtype), piece, some)
+            new = torch.maximum(top, x.amax(-1, keepdim=True))
+            shift = _finite(new)
+            x.sub_(shift).exp_()
+            fade = top.sub_(shift).exp_()
+            total = total.mul_(fade).add_(x.sum(-1, keepdim=True))
+            if summed is not None and value is not None:
+                summed = torch.baddbmm(summed.mul_(fade), x, piece.take(value, some, stage.dtype))
+            top = new
+        if summed is not None and out is not None:
+            piece.unfold(out, ALL, summed.div_(total.masked_fill(total == 0, 1.0)))
+        piece.unfold(lse, ALL, total.log_().add_(_finite(top)).squeeze(-1))
+    return out, lse
+
+
+def spread(stage: Stage, value: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """out [B, N, H, Dv] in value's dtype and lse [B, N, H]; only lse where value [B, A, H, Dv] is None."""
+    lse = stage.tokens.new_empty(stage.tokens.shape[:3], dtype=stage.dtype)
+    out = None if value is None else value.new_empty((*lse.shape, value.shape[3]))
+    for piece in stage.pieces(1 if value is None else value.shape[3]):
+        agents = stage.scaled_agents(piece)
+        own = None if value is None else piece.take(value, ALL, stage.dtype)
+        for some in piece.steps(stage.tokens.shape[1]):
+            x = stage.logits(agents, piece.take(stage.tokens, some, stage.dtype), piece, some)
+            top = _finite(x.amax(1, keepdim=True))
+            x.sub_(top).exp_()
+            total = x.sum(1, keepdim=True)
+            if own is not None and out is not None:
+                summed = torch.bmm(x.transpose(1, 2), own)
+                piece.put(out, some, summed.div_(total.masked_fill(total == 0, 1.0).transpose(1, 2)))
+            piece.put(lse, some, total.log_().add_(top).squeeze(1))
+    return out, lse
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one stage's backward pass found; None where it was not asked for. agents and bias are in stage.dtype."""
+
+    agents: Tensor | None
+    tokens: Tensor | None
+    value: Tensor | None
+    bias: Tensor | None
+
+
+def differentiate(
+    stage: Stage,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    over_tokens: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of (agents, tokens, value, bias), those that `needs` names.
+
+    over_tokens: True for `collect` (value on the tokens, out and lse on the agents), False for `spread`.
+
+        dx = p (dout . value - dout . out + dlse)     dvalue = p dout
+        dagents = scale dx tokens,  dtokens = scale dx agents,  dbias = dx
+    """
+    dtype, num_tokens = stage.dtype, stage.tokens.shape[1]
+    need_agents, need_tokens, need_value, need_bias = needs
+    d_agents = torch.zeros_like(stage.agents, dtype=dtype, memory_format=torch.contiguous_format)
+    d_tokens = stage.tokens.new_empty(stage.tokens.shape) if need_tokens else None
+    d_bias = (
+        torch.zeros(stage.bias.shape, dtype=dtype, device=out.device) if need_bias and stage.bias is not None else None
+    )
+    d_value = None
+    if need_value:
+        d_value = value.new_empty(value.shape) if over_tokens else value.new_zeros(value.shape, dtype=dtype)
+    delta = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(dtype).masked_fill(lse == -INF, 0.0)
+    if grad_out is not None:
+        delta = delta - (grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    delta, safe_lse = delta.unsqueeze(-1), _finite(lse).unsqueeze(-1)
+    need_logits = need_agents or need_tokens or d_bias is not None
+    for piece in stage.pieces(value.shape[3]):
+        agents = stage.scaled_agents(piece)
+        plain = piece.fold(stage.agents, ALL, dtype) if need_agents else None
+        if over_tokens:
+            lse_a, delta_a = (piece.fold(t, ALL, dtype) for t in (safe_lse, delta))
+            grad_a = None if grad_out is None else piece.fold(grad_out, ALL, dtype)
+        else:
+            value_a = piece.take(value, ALL, dtype)
+        sum_agents = None if plain is None else torch.zeros_like(plain)
+        sum_value = torch.zeros_like(value_a) if need_value and not over_tokens else None
+        for some in piece.steps(num_tokens):
+            tokens = piece.take(stage.tokens, some, dtype)
+            p = stage.logits(agents, tokens, piece, some)
+            if over_tokens:
+                p.sub_(lse_a).exp_()
+                dp = delta_a
+                if grad_a is not None:
+                    if d_value is not None:
+                        piece.put(d_value, some, torch.bmm(p.transpose(1, 2), grad_a))
+                    dp = torch.baddbmm(delta_a, grad_a, piece.take(value, some, dtype).transpose(1, 2))
+                elif d_value is not None:
+                    d_value[piece.batch, some, piece.heads] = 0
+            else:
+                p.sub_(piece.take(safe_lse, some, dtype).transpose(1, 2)).exp_()
+                dp = piece.take(delta, some, dtype).transpose(1, 2)
+                if grad_out is not None:
+                    grad_n = piece.take(grad_out, some, dtype)
+                    if sum_value is not None:
+                        sum_value = torch.baddbmm(sum_value, p, grad_n)
+                    dp = torch.baddbmm(dp, value_a, grad_n.transpose(1, 2))
+            if not need_logits:
+                continue
+            dx = p.mul_(dp)
+            if d_bias is not None:
+                part = stage.bias_of(d_bias, piece, some)
+                part.add_(stage.apart(dx, piece).sum_to_size(part.shape))
+            if d_tokens is not None:
+                piece.put(d_tokens, some, torch.bmm(dx.transpose(1, 2), agents))
+            if sum_agents is not None:
+                sum_agents = torch.baddbmm(sum_agents, dx, tokens)
+        if sum_agents is not None:
+            piece.unfold(d_agents, ALL, sum_agents.mul_(stage.scale))
+        if sum_value is not None and d_value is not None:
+            piece.put(d_value, ALL, sum_value)
+    return Gradients(d_agents if need_agents else None, d_tokens, d_value, d_bias)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo.kernels import pooled_attention
 
-# "bias": both biases of Agent Attention, shared by the batch, with their gradients; "latents": agents shared by the batch
+# "bias": both biases of Agent Attention, shared by the batch, with their gradients; "latents": one set of agents
 CASES: dict[str, dict[str, Any]] = {
     "agent 56x56 a49": {"batch": 1, "grid": (56, 56), "heads": 4, "head_dim": 32, "agents": 49, "bias": True},
     "agent 56x56 a9 batch 8": {"batch": 8, "grid": (56, 56), "heads": 3, "head_dim": 32, "agents": 9, "bias": True},

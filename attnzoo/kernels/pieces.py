@@ -1,4 +1,4 @@
-"""Cutting [B, N, heads, D] tensors into pieces that stay in cache: some batch entries, some heads, some tokens at a time.
+"""Cutting [B, N, heads, D] tensors into pieces that stay in cache: a few batch entries, heads and tokens at a time.
 
 A piece is worked on as [batch * heads, tokens, D], so that one batched matrix product does it. Where it holds a single
 batch entry, that is a view of the tensor as it lies; else it is a copy of the piece.
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ELEMENTS = {"cpu": 1 << 17}  # of the widest intermediate of one piece: half a megabyte of float32
+ELEMENTS = {"cpu": 1 << 19}  # of the widest intermediate of one piece: two megabytes of float32
 ELEMENTS_ELSEWHERE = 1 << 26
+COPY = 2  # batch entries, which must be copied to lie side by side, are taken together only up to this share of it
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Piece:
         """Write [batch * heads, tokens, ...] into [B, N, key/value heads, ...]."""
         into[self.batch, tokens, self.heads] = part.unflatten(0, self.counts).transpose(1, 2)
 
+    def put_product(self, into: Tensor, tokens: slice, a: Tensor, b: Tensor) -> None:
+        """Write the product a @ b [batch * heads, tokens, ...], without a copy where it can go there directly."""
+        if self.counts[0] == 1 and into.dtype == a.dtype:
+            torch.bmm(a, b, out=into[self.batch.start, tokens, self.heads].transpose(0, 1))
+        else:
+            self.put(into, tokens, torch.bmm(a, b))
+
     def fold(self, tensor: Tensor, tokens: slice, dtype: torch.dtype) -> Tensor:
         """[batch * heads, repeats * tokens, D] of a tensor [B, N, query heads, D]."""
         if self.repeats == 1:
@@ -76,8 +84,8 @@ def pieces(
     limit = ELEMENTS.get(device.type, ELEMENTS_ELSEWHERE)
     step = num_tokens if whole else max(1, min(num_tokens, limit // width))
     heads = max(1, min(num_heads, limit // (width * step)))
-    # Batch entries are taken together only where all heads fit.
-    entries = max(1, min(batch, limit // (width * step * heads))) if heads == num_heads else 1
+    together = limit if device.type != "cpu" else limit // COPY
+    entries = max(1, min(batch, together // (width * step * heads))) if heads == num_heads else 1
     for b in range(0, batch, entries):
         for h in range(0, num_heads, heads):
             yield Piece(slice(b, min(b + entries, batch)), slice(h, min(h + heads, num_heads)), step, repeats)

@@ -45,7 +45,8 @@ _REASONS: dict[str, dispatch.Reasons] = {b: dispatch.module_reasons(NAME, b) for
 
 def _run(tensors: tuple, options: tuple) -> tuple[Any, Problem]:
     scale, query_scale, _, backend = options
-    problem = Problem(*tensors, scale, query_scale)
+    query, key, value, agents, agent_bias, query_bias, key_mask = tensors
+    problem = Problem(query, key, value, agents, agent_bias, query_bias, key_mask, scale, query_scale)
     chosen = dispatch.choose(NAME, backend, problem, problem.query.device, _REASONS)
     return dispatch.backend_module(NAME, chosen), problem
 

@@ -11,6 +11,7 @@ The gradients recompute p = exp(x - lse), piece by piece; nothing agents x token
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class Stage:
         """What it is computed in: float32, or float64 for float64."""
         return torch.promote_types(self.agents.dtype, torch.float32)
 
-    def pieces(self, *widths: int):  # type: ignore[no-untyped-def]
+    def pieces(self, *widths: int) -> Iterator[Piece]:
         """Pieces of the tokens."""
         batch, num_tokens, num_heads, head_dim = self.tokens.shape
         repeats = self.agents.shape[2] // num_heads
@@ -61,6 +62,15 @@ class Stage:
         b = piece.batch if bias.shape[0] > 1 else ALL
         h = piece.query_heads if bias.shape[1] > 1 else ALL
         return bias[b, h, :, some]
+
+    def add(self, part: Tensor, summand: Tensor, piece: Piece) -> None:
+        """Add to a part of the bias's gradient, which holds nothing yet where this piece is the first to come by."""
+        assert self.bias is not None
+        first_entry = piece.batch.start == 0 or self.bias.shape[0] > 1
+        if first_entry and (piece.heads.start == 0 or self.bias.shape[1] > 1):
+            part.copy_(summand)
+        else:
+            part.add_(summand)
 
     def logits(self, agents: Tensor, tokens: Tensor, piece: Piece, some: slice) -> Tensor:
         """x [batch * heads, repeats * A, n] of `scaled_agents` and tokens [batch * heads, n, D]."""
@@ -133,80 +143,112 @@ class Gradients:
     bias: Tensor | None
 
 
-def differentiate(
+def _totals(stage: Stage, needs: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where the gradients of agents (zeros), tokens and bias (not filled) go."""
+    agents, tokens, _, bias = needs
+    return (
+        torch.zeros(stage.agents.shape, dtype=stage.dtype, device=stage.agents.device) if agents else None,
+        stage.tokens.new_empty(stage.tokens.shape) if tokens else None,
+        torch.empty_like(stage.bias, dtype=stage.dtype) if bias and stage.bias is not None else None,
+    )
+
+
+def collect_gradients(
+    stage: Stage,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """Gradients of (agents, tokens, value, bias), those that `needs` names; grad_out and grad_lse for `collect`.
+
+    dx = p (dout . value - dout . out + dlse);  dvalue = p dout;  dagents = scale dx tokens;  dtokens = scale dx agents
+    """
+    dtype = stage.dtype
+    d_agents, d_tokens, d_bias = _totals(stage, needs)
+    d_value = value.new_empty(value.shape) if needs[2] else None
+    grad_out = grad_out.to(dtype)
+    delta = (grad_out * out.to(dtype)).sum(-1, keepdim=True).neg_()
+    if grad_lse is not None:
+        delta += grad_lse.to(dtype).masked_fill(lse == -INF, 0.0).unsqueeze(-1)
+    safe_lse = _finite(lse).unsqueeze(-1)
+    for piece in stage.pieces(value.shape[3]):
+        agents, grad = stage.scaled_agents(piece), piece.fold(grad_out, ALL, dtype)
+        own_lse, own_delta = (piece.fold(t, ALL, dtype) for t in (safe_lse, delta))
+        summed = torch.zeros_like(agents) if d_agents is not None else None
+        for some in piece.steps(stage.tokens.shape[1]):
+            tokens = piece.take(stage.tokens, some, dtype)
+            p = stage.logits(agents, tokens, piece, some).sub_(own_lse).exp_()
+            if d_value is not None:
+                piece.put_product(d_value, some, p.transpose(1, 2), grad)
+            if not (needs[0] or needs[1] or needs[3]):
+                continue
+            dp = torch.bmm(grad, piece.take(value, some, dtype).transpose(1, 2))
+            dx = dp.add_(own_delta).mul_(p)
+            if d_bias is not None:
+                part = stage.bias_of(d_bias, piece, some)
+                stage.add(part, stage.apart(dx, piece).sum_to_size(part.shape), piece)
+            if d_tokens is not None:
+                piece.put_product(d_tokens, some, dx.transpose(1, 2), agents)
+            if summed is not None:
+                summed.baddbmm_(dx, tokens)
+        if summed is not None and d_agents is not None:
+            piece.unfold(d_agents, ALL, summed.mul_(stage.scale))
+    return Gradients(d_agents, d_tokens, d_value, d_bias)
+
+
+def spread_gradients(
     stage: Stage,
     value: Tensor,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
-    over_tokens: bool,
     needs: tuple[bool, bool, bool, bool],
 ) -> Gradients:
-    """Gradients of (agents, tokens, value, bias), those that `needs` names.
+    """The same for `spread`; the gradient of value too is in stage.dtype.
 
-    over_tokens: True for `collect` (value on the tokens, out and lse on the agents), False for `spread`.
-
-        dx = p (dout . value - dout . out + dlse)     dvalue = p dout
-        dagents = scale dx tokens,  dtokens = scale dx agents,  dbias = dx
+    Here p is [batch * heads, tokens, agents], as a bias of the queries lies.
     """
-    dtype, num_tokens = stage.dtype, stage.tokens.shape[1]
-    need_agents, need_tokens, need_value, need_bias = needs
-    d_agents = torch.zeros_like(stage.agents, dtype=dtype, memory_format=torch.contiguous_format)
-    d_tokens = stage.tokens.new_empty(stage.tokens.shape) if need_tokens else None
-    d_bias = (
-        torch.zeros(stage.bias.shape, dtype=dtype, device=out.device) if need_bias and stage.bias is not None else None
-    )
-    d_value = None
-    if need_value:
-        d_value = value.new_empty(value.shape) if over_tokens else value.new_zeros(value.shape, dtype=dtype)
-    delta = torch.zeros_like(lse) if grad_lse is None else grad_lse.to(dtype).masked_fill(lse == -INF, 0.0)
-    if grad_out is not None:
-        delta = delta - (grad_out.to(dtype) * out.to(dtype)).sum(-1)
-    delta, safe_lse = delta.unsqueeze(-1), _finite(lse).unsqueeze(-1)
-    need_logits = need_agents or need_tokens or d_bias is not None
+    dtype = stage.dtype
+    d_agents, d_tokens, d_bias = _totals(stage, needs)
+    d_value = torch.zeros(value.shape, dtype=dtype, device=value.device) if needs[2] else None
     for piece in stage.pieces(value.shape[3]):
-        agents = stage.scaled_agents(piece)
-        plain = piece.fold(stage.agents, ALL, dtype) if need_agents else None
-        if over_tokens:
-            lse_a, delta_a = (piece.fold(t, ALL, dtype) for t in (safe_lse, delta))
-            grad_a = None if grad_out is None else piece.fold(grad_out, ALL, dtype)
-        else:
-            value_a = piece.take(value, ALL, dtype)
-        sum_agents = None if plain is None else torch.zeros_like(plain)
-        sum_value = torch.zeros_like(value_a) if need_value and not over_tokens else None
-        for some in piece.steps(num_tokens):
+        agents, values = stage.scaled_agents(piece), piece.take(value, ALL, dtype)
+        summed = torch.zeros_like(agents) if d_agents is not None else None
+        summed_value = None if d_value is None else torch.zeros_like(values)
+        for some in piece.steps(stage.tokens.shape[1]):
             tokens = piece.take(stage.tokens, some, dtype)
-            p = stage.logits(agents, tokens, piece, some)
-            if over_tokens:
-                p.sub_(lse_a).exp_()
-                dp = delta_a
-                if grad_a is not None:
-                    if d_value is not None:
-                        piece.put(d_value, some, torch.bmm(p.transpose(1, 2), grad_a))
-                    dp = torch.baddbmm(delta_a, grad_a, piece.take(value, some, dtype).transpose(1, 2))
-                elif d_value is not None:
-                    d_value[piece.batch, some, piece.heads] = 0
-            else:
-                p.sub_(piece.take(safe_lse, some, dtype).transpose(1, 2)).exp_()
-                dp = piece.take(delta, some, dtype).transpose(1, 2)
-                if grad_out is not None:
-                    grad_n = piece.take(grad_out, some, dtype)
-                    if sum_value is not None:
-                        sum_value = torch.baddbmm(sum_value, p, grad_n)
-                    dp = torch.baddbmm(dp, value_a, grad_n.transpose(1, 2))
-            if not need_logits:
+            own_lse = piece.take(lse.unsqueeze(-1), some, dtype)
+            p = torch.bmm(tokens, agents.transpose(1, 2))
+            if stage.bias is not None:
+                part = stage.bias_of(stage.bias, piece, some).transpose(2, 3)
+                p.unflatten(0, piece.counts).add_(part)
+            p.sub_(_finite(own_lse)).exp_()
+            grad = None if grad_out is None else piece.take(grad_out, some, dtype)
+            if summed_value is not None and grad is not None:
+                summed_value.baddbmm_(p.transpose(1, 2), grad)
+            if not (needs[0] or needs[1] or needs[3]):
                 continue
-            dx = p.mul_(dp)
+            delta = torch.zeros_like(own_lse)
+            if grad_lse is not None:
+                delta = piece.take(grad_lse.unsqueeze(-1), some, dtype).masked_fill(own_lse == -INF, 0.0)
+            if grad is None:
+                dx = p.mul_(delta)
+            else:
+                delta = delta - (grad * piece.take(out, some, dtype)).sum(-1, keepdim=True)
+                dx = torch.bmm(grad, values.transpose(1, 2)).add_(delta).mul_(p)
             if d_bias is not None:
-                part = stage.bias_of(d_bias, piece, some)
-                part.add_(stage.apart(dx, piece).sum_to_size(part.shape))
+                part = stage.bias_of(d_bias, piece, some).transpose(2, 3)
+                stage.add(part, dx.unflatten(0, piece.counts).sum_to_size(part.shape), piece)
             if d_tokens is not None:
-                piece.put(d_tokens, some, torch.bmm(dx.transpose(1, 2), agents))
-            if sum_agents is not None:
-                sum_agents = torch.baddbmm(sum_agents, dx, tokens)
-        if sum_agents is not None:
-            piece.unfold(d_agents, ALL, sum_agents.mul_(stage.scale))
-        if sum_value is not None and d_value is not None:
-            piece.put(d_value, ALL, sum_value)
-    return Gradients(d_agents if need_agents else None, d_tokens, d_value, d_bias)
+                piece.put_product(d_tokens, some, dx, agents)
+            if summed is not None:
+                summed.baddbmm_(dx.transpose(1, 2), tokens)
+        if summed is not None and d_agents is not None:
+            piece.put(d_agents, ALL, summed.mul_(stage.scale))
+        if summed_value is not None and d_value is not None:
+            piece.put(d_value, ALL, summed_value)
+    return Gradients(d_agents, d_tokens, d_value, d_bias)

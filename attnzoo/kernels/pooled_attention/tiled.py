@@ -4,7 +4,8 @@ Forward, each stage by one call of PyTorch's fused attention. On the CPU that is
 `stage` takes over where the kernel asks for more than a call has (head dims that differ, query heads that share key
 heads) and for so few agents that its tiles stay empty (second stage below FEW_AGENTS). Elsewhere it is
 F.scaled_dot_product_attention, and lse, which that does not give, is summed in pieces where it is wanted.
-Backward: `stage`, in pieces, because PyTorch's fused kernels give no gradient of a bias on the CPU and none of lse.
+Backward: the same flash kernel's own, on the CPU, for a stage without bias and mask whose lse has no gradient; else
+`stage`, in pieces, because PyTorch's fused kernels give no gradient of a bias there and none of lse anywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kernels.pooled_attention.problem import Problem
-from attnzoo.kernels.pooled_attention.stage import INF, Gradients, Stage, collect, differentiate, spread
+from attnzoo.kernels.pooled_attention.stage import (
+    INF,
+    Gradients,
+    Stage,
+    collect,
+    collect_gradients,
+    spread,
+    spread_gradients,
+)
 
 FEW_AGENTS = 16
 
@@ -46,6 +55,13 @@ def _mask(stage: Stage, bias: Tensor | None) -> Tensor | None:
     return None if added is None else added.expand(stage.tokens.shape[0], stage.agents.shape[2], -1, -1)
 
 
+def _fits_cpu(stage: Stage, value: Tensor, over_tokens: bool) -> bool:
+    """Whether PyTorch's flash kernel for CPUs takes this stage, and is the faster one."""
+    many = over_tokens or stage.agents.shape[1] >= FEW_AGENTS
+    alike = stage.agents.shape[2:] == (stage.tokens.shape[2], value.shape[3])
+    return value.device.type == "cpu" and alike and many and value.shape[0] > 0
+
+
 def _cpu(stage: Stage, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """out and lse of PyTorch's flash kernel for CPUs; q, k, v [B, N, H, D]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -71,15 +87,44 @@ def _run(stage: Stage, value: Tensor, over_tokens: bool, want_lse: bool) -> tupl
     own = collect if over_tokens else spread
     q, k = (stage.agents, stage.tokens) if over_tokens else (stage.tokens, stage.agents)
     bias = stage.bias if over_tokens or stage.bias is None else stage.bias.transpose(2, 3)
-    if value.device.type == "cpu":
-        few = not over_tokens and stage.agents.shape[1] < FEW_AGENTS
-        if q.shape[2] == k.shape[2] and q.shape[3] == value.shape[3] and not few and value.shape[0]:
-            return _cpu(stage, q, k, value, _mask(stage, bias))
-    elif bias is None or bias.dtype == q.dtype:  # a bias of another dtype would be rounded, or sent to a dense kernel
+    if _fits_cpu(stage, value, over_tokens):
+        return _cpu(stage, q, k, value, _mask(stage, bias))
+    # A bias of another dtype would be rounded, or sent to a dense kernel.
+    if value.device.type != "cpu" and (bias is None or bias.dtype == q.dtype):
         return _elsewhere(stage, q, k, value, _mask(stage, bias)), own(stage, None)[1] if want_lse else None
     out, lse = own(stage, value)
     assert out is not None
     return out, lse
+
+
+def _cpu_gradients(
+    stage: Stage, value: Tensor, results: tuple[Tensor, Tensor], grad_out: Tensor, over_tokens: bool
+) -> Gradients:
+    """Gradients of a stage without bias and mask, by PyTorch's flash kernel for CPUs."""
+    q, k = (stage.agents, stage.tokens) if over_tokens else (stage.tokens, stage.agents)
+    given = (t.transpose(1, 2) for t in (grad_out.to(value.dtype), q, k, value, *results))
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, False, scale=stage.scale)
+    d_q, d_k, d_value = (t.transpose(1, 2).contiguous() for t in found)
+    return Gradients(d_q, d_k, d_value, None) if over_tokens else Gradients(d_k, d_q, d_value, None)
+
+
+def _gradients(
+    stage: Stage,
+    value: Tensor,
+    results: tuple[Tensor, Tensor],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    over_tokens: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> Gradients:
+    """One stage's gradients of (agents, tokens, value, bias), by the path that served it; see `stage`."""
+    plain = stage.bias is None and stage.mask is None and grad_lse is None and grad_out is not None
+    if plain and grad_out is not None and _fits_cpu(stage, value, over_tokens) and all(needs[:3]):
+        return _cpu_gradients(stage, value, results, grad_out, over_tokens)
+    if over_tokens:
+        assert grad_out is not None
+        return collect_gradients(stage, value, *results, grad_out, grad_lse, needs)
+    return spread_gradients(stage, value, *results, grad_out, grad_lse, needs)
 
 
 def forward(problem: Problem, want_lse: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -105,16 +150,15 @@ def backward(
     query, key, value, agents, agent_bias, query_bias = needs
     past = key or value or agents or agent_bias
     lse = lse if lse.numel() == out.shape[:3].numel() else spread(second, None)[1]
-    over = differentiate(second, agent_value, out, lse, grads[0], grads[1], False, (agents, query, past, query_bias))
+    over = _gradients(second, agent_value, (out, lse), grads[0], grads[1], False, (agents, query, past, query_bias))
     if not past:
         under = Gradients(None, None, None, None)
     else:
         assert over.value is not None
         arriving = over.value if grads[2] is None else over.value + grads[2].to(over.value.dtype)
         agent_lse = agent_lse if agent_lse.numel() == agent_value.shape[:3].numel() else collect(first, None)[1]
-        under = differentiate(
-            first, problem.value, agent_value, agent_lse, arriving, grads[3], True, (agents, key, value, agent_bias)
-        )
+        wanted = (agents, key, value, agent_bias)
+        under = _gradients(first, problem.value, (agent_value, agent_lse), arriving, grads[3], True, wanted)
     d_agents = None
     if over.agents is not None and under.agents is not None:
         d_agents = (over.agents + under.agents).sum_to_size(problem.agents.shape).to(problem.agents.dtype)

@@ -26,10 +26,10 @@ tensors of that size.
 There is no Triton kernel. That is a decision by arithmetic, not a measurement. The sums over keys must be complete
 before the first row, so that a kernel of our own reads key and value once, query once and writes out once, in two
 launches, as two batched matrix products do: (2 D + 2 Dv) elements and 4 D Dv operations a token and head, 32 operations
-per byte for D = Dv = 64 in bfloat16, far below the 300 at which an H100's matrix units are the limit. With "none" and the identity
-in float32 the products here move just these bytes. A feature map, a cast of half precision to float32, or a normaliser
-each add passes over query, key or out, which a fused kernel would not have: by that count half-precision calls and
-"flow" may cost more than the 1.2 x at which a kernel is owed. That is for a GPU to say.
+per byte for D = Dv = 64 in bfloat16, far below the 300 at which an H100's matrix units are the limit. With "none" and
+the identity in float32 the products here move just these bytes. A feature map, a cast of half precision to float32, or
+a normaliser each add passes over query, key or out, which a fused kernel would not have: by that count half-precision
+calls and "flow" may cost more than the 1.2 x at which a kernel is owed. That is for a GPU to say.
 
 Sources: Katharopoulos et al. (ICML 2020); efficient attention (Shen et al., WACV 2021), cmsflash/efficient-attention
 46a5f9e; Flowformer (Wu et al., ICML 2022), thuml/Flowformer 61f5d8c; InLine (Han et al., NeurIPS 2024),
@@ -124,8 +124,8 @@ def linear_attention(
     query: [B, *grid, H, D], one to three grid axes; float32, bfloat16, float16 or float64. key: [B, *grid, Hkv, D] and
         value: [B, *grid, Hkv, Dv], a grid of their own, H a multiple of Hkv.
     scale: of the products q . k after the feature maps; None means D ** -0.5, and 0.0 is 0.0. "flow" has none.
-    is_causal: tokens in row-major order, as many queries as keys. "subtract" then takes counts and means over the tokens
-        so far. ValueError with a key feature map of "softmax", which runs over all positions.
+    is_causal: tokens in row-major order, as many queries as keys. "subtract" then takes counts and means over the
+        tokens so far. ValueError with a key feature map of "softmax", which runs over all positions.
     feature_map: one name for both or (query's, key's): "identity", "relu", "elu" (elu + 1), "sigmoid", "exp", "softmax"
         (queries: over the head's channels; keys: over the positions, per channel). "flow" takes elementwise ones. Other
         maps are applied by the caller.

@@ -94,8 +94,8 @@ def check(
     _only_for("count", count, normaliser == "subtract" and not is_causal, "the normaliser 'subtract' without is_causal")
     if return_normaliser and normaliser != "sum":
         raise ValueError(f"return_normaliser needs the normaliser 'sum', got {normaliser!r}, which has none to return")
-    numbers = {"eps": check_number("eps", eps, EPS), "outer_eps": check_number("outer_eps", outer_eps, 0.0)}
-    for name, number in numbers.items():
+    inner, outer = check_number("eps", eps, EPS), check_number("outer_eps", outer_eps, 0.0)
+    for name, number in (("eps", inner), ("outer_eps", outer)):
         if number < 0:
             raise ValueError(f"{name} must be at least 0, got {number!r}")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int | torch.SymInt)):
@@ -107,4 +107,4 @@ def check(
     elif count is None:
         count = num_keys
     scale = 1.0 if flow else check_number("scale", scale, query.shape[3] ** -0.5)
-    return Problem(query, key, value, scale, bool(is_causal), query_map, key_map, normaliser, *numbers.values(), count)
+    return Problem(query, key, value, scale, bool(is_causal), query_map, key_map, normaliser, inner, outer, count)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kernels.linear_attention.features import features
 from attnzoo.kernels.linear_attention.problem import Problem
 from attnzoo.kernels.recompute import gradients
+
+
+_MAPS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "identity": lambda x, axis: x,
+    "relu": lambda x, axis: x.relu(),
+    "elu": lambda x, axis: F.elu(x) + 1,
+    "sigmoid": lambda x, axis: x.sigmoid(),
+    "exp": lambda x, axis: x.exp(),
+    "softmax": lambda x, axis: x.softmax(axis),
+}
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -22,8 +33,7 @@ def _formula(problem: Problem) -> tuple[Tensor, Tensor]:
     dtype = problem.dtype
     q = problem.query.to(dtype).transpose(1, 2)
     k, v = (t.to(dtype).transpose(1, 2).repeat_interleave(problem.repeats, 1) for t in (problem.key, problem.value))
-    q = features(q, problem.query_map)
-    k = k.softmax(2) if problem.key_map == "softmax" else features(k, problem.key_map)
+    q, k = _MAPS[problem.query_map](q, 3), _MAPS[problem.key_map](k, 2)
     products = q @ k.transpose(2, 3)
     seen = torch.ones(products.shape[-2:], dtype=dtype, device=q.device)
     seen = seen.tril() if problem.is_causal else seen

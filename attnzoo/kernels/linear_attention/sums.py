@@ -22,12 +22,22 @@ from attnzoo.kernels.pieces import Piece, pieces
 
 @dataclass
 class _State:
-    """S, z, mv, and the log of sum_j exp key_j per channel where the keys' map is a softmax over positions."""
+    """S, z, mv; keys after their map, where one step holds them all, else, if that is a softmax over positions, the log
+    of its denominator per channel.
+    """
 
     S: Tensor
     z: Tensor
     mv: Tensor
+    kept: Tensor | None
     positions: Tensor | None
+
+    def keys(self, problem: Problem, piece: Piece, some: slice) -> Tensor:
+        """[heads, tokens, D] after the feature map."""
+        if self.kept is not None:
+            return self.kept
+        k = piece.take(problem.key, some, problem.dtype)
+        return features(k, problem.key_map) if self.positions is None else (k - self.positions).exp_()
 
 
 def _cut(problem: Problem) -> list[Piece]:
@@ -37,23 +47,25 @@ def _cut(problem: Problem) -> list[Piece]:
     return list(pieces(batch, num_heads, longest, width, problem.query.device, problem.repeats))
 
 
-def _keys(problem: Problem, piece: Piece, some: slice, positions: Tensor | None) -> Tensor:
-    k = piece.take(problem.key, some, problem.dtype)
-    return features(k, problem.key_map) if positions is None else (k - positions).exp_()
-
-
 def _collect(problem: Problem, piece: Piece) -> _State:
     num_keys, dtype = problem.key.shape[1], problem.dtype
-    positions = None
-    if problem.key_map == "softmax":
-        parts = [piece.take(problem.key, some, dtype).logsumexp(1, keepdim=True) for some in piece.steps(num_keys)]
-        positions = torch.cat(parts, 1).logsumexp(1, keepdim=True) if len(parts) > 1 else parts[0]
+    steps = list(piece.steps(num_keys))
+    kept = positions = None
+    if problem.key_map == "softmax" and len(steps) > 1:
+        parts = [piece.take(problem.key, some, dtype).logsumexp(1, keepdim=True) for some in steps]
+        positions = torch.cat(parts, 1).logsumexp(1, keepdim=True)
+    elif problem.key_map == "softmax":
+        k = piece.take(problem.key, steps[0], dtype)
+        kept = (k - k.amax(1, keepdim=True)).exp_()
+        kept.div_(kept.sum(1, keepdim=True))
+    elif len(steps) == 1:
+        kept = features(piece.take(problem.key, steps[0], dtype), problem.key_map)
     heads = piece.counts[0] * piece.counts[1]
     head_dim, value_dim = problem.key.shape[3], problem.value.shape[3]
     zeros = problem.key.new_zeros((heads, head_dim + 1, value_dim), dtype=dtype)
-    state = _State(zeros[:, :-1], zeros.new_zeros((heads, head_dim, 1)), zeros[:, -1:], positions)
-    for some in piece.steps(num_keys):
-        k, v = _keys(problem, piece, some, positions), piece.take(problem.value, some, dtype)
+    state = _State(zeros[:, :-1], zeros.new_zeros((heads, head_dim, 1)), zeros[:, -1:], kept, positions)
+    for some in steps:
+        k, v = state.keys(problem, piece, some), piece.take(problem.value, some, dtype)
         state.S = torch.baddbmm(state.S, k.transpose(1, 2), v) if some.start else torch.bmm(k.transpose(1, 2), v)
         if problem.normaliser != "none":
             state.z += k.sum(1).unsqueeze(-1)
@@ -87,12 +99,14 @@ def forward(problem: Problem, out: Tensor, norm: Tensor) -> None:
                 continue
             row = torch.bmm(q, matrix)
             if problem.normaliser == "subtract":
-                row += state.mv
+                constant = state.mv.expand(-1, piece.repeats, -1)
+                torch.add(piece.lay(row), piece.lay(constant), out=piece.view(out, some))
             elif problem.normaliser == "sum":
                 divisor = torch.bmm(q, state.z * problem.scale).add_(problem.eps)
-                row *= inverse(divisor)
+                torch.mul(piece.lay(row), piece.lay(inverse(divisor)), out=piece.view(out, some))
                 piece.unfold(norm, some, divisor.squeeze(-1))
-            piece.unfold(out, some, row)
+            else:
+                piece.unfold(out, some, row)
 
 
 def backward(
@@ -140,7 +154,7 @@ def backward(
             dv_each = d_constant.sub_(torch.bmm(state.z.transpose(1, 2), d_matrix).mul_(share)).div_(num_keys)
         dS = d_matrix * (scale / problem.count)
         for some in piece.steps(num_keys):
-            k = _keys(problem, piece, some, state.positions)
+            k = state.keys(problem, piece, some)
             if d_value is not None:
                 dv = torch.bmm(k, dS)
                 piece.put(d_value, some, dv if dv_each is None else dv.add_(dv_each))
@@ -148,7 +162,7 @@ def backward(
                 dk = torch.bmm(piece.take(value, some, dtype), dS.transpose(1, 2))
                 if problem.normaliser != "none":
                     dk += dz.transpose(1, 2)
-                if state.positions is None:
+                if problem.key_map != "softmax":
                     dk = pull(k, dk, problem.key_map)
                 else:  # sum_j k_j dk_j of a softmax over positions, without a pass over them
                     inner = (state.S * dS).sum(-1, keepdim=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnzoo.kernels.linear_attention.features import features, pull
 from attnzoo.kernels.linear_attention.heads import Heads
 from attnzoo.kernels.linear_attention.problem import Problem
-from attnzoo.kernels.linear_attention.scan import scan, scan_gradients, sums_after
+from attnzoo.kernels.linear_attention.scan import running_sums, scan, scan_gradients
 from attnzoo.kernels.linear_attention.sums import inverse
 
 
@@ -27,14 +27,14 @@ def forward(problem: Problem, out: Tensor, norm: Tensor) -> None:
         if problem.normaliser == "none":
             heads.put(out, u * problem.scale)
             continue
-        r = (q * k.cumsum(1)).sum(-1, keepdim=True)
+        r = (q * running_sums(k)).sum(-1, keepdim=True)
         if problem.normaliser == "sum":
             divisor = r.mul_(problem.scale).add_(problem.eps)
             heads.put(out, u * problem.scale * inverse(divisor))
             heads.put(norm, divisor.squeeze(-1))
         else:
             n = heads.numbers()
-            m = v.cumsum(1) / n
+            m = running_sums(v) / n
             heads.put(out, (u - r * m) * (problem.scale / n) + m)
 
 
@@ -49,14 +49,14 @@ def backward(
         if problem.normaliser == "none":
             dq, dk, dv = scan_gradients(q, k, v, grad * problem.scale)
         else:
-            prefix = k.cumsum(1)
+            prefix = running_sums(k)
             r = (q * prefix).sum(-1, keepdim=True)
             if problem.normaliser == "sum":
                 inv = inverse(r * problem.scale + problem.eps)
                 du = grad * (inv * problem.scale)
             else:
                 n = heads.numbers()
-                m, du = v.cumsum(1) / n, grad * (problem.scale / n)
+                m, du = running_sums(v) / n, grad * (problem.scale / n)
             dq, dk, dv = scan_gradients(q, k, v, du)
             if problem.normaliser == "sum":
                 dr = (q * dq).sum(-1, keepdim=True).mul_(inv).neg_()
@@ -65,8 +65,8 @@ def backward(
                 dr *= problem.scale
             else:
                 dr = -(du * m).sum(-1, keepdim=True)
-                dv += sums_after((grad - r * du) / n)
+                dv += running_sums((grad - r * du) / n, reverse=True)
             dq += dr * prefix
-            dk += sums_after(dr * q)
+            dk += running_sums(dr * q, reverse=True)
         heads.finish(problem, found, (pull(q, dq, problem.query_map), pull(k, dk, problem.key_map), dv))
     return found

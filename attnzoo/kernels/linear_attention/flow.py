@@ -24,7 +24,7 @@ from torch import Tensor
 from attnzoo.kernels.linear_attention.features import features, pull
 from attnzoo.kernels.linear_attention.heads import Heads
 from attnzoo.kernels.linear_attention.problem import Problem
-from attnzoo.kernels.linear_attention.scan import scan, scan_gradients, sums_after
+from attnzoo.kernels.linear_attention.scan import running_sums, scan, scan_gradients
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _flow(problem: Problem, heads: Heads) -> _Flow:
     n = heads.numbers() if causal else 1.0
 
     def over(x: Tensor) -> Tensor:
-        return x.cumsum(1) if causal else x.sum(1, keepdim=True)
+        return running_sums(x) if causal else x.sum(1, keepdim=True)
 
     def dot(a: Tensor, b: Tensor) -> Tensor:  # (a + e) . (b + e)
         b = b + e
@@ -105,7 +105,7 @@ def _gradients(problem: Problem, w: _Flow, grad: Tensor) -> tuple[Tensor, Tensor
     q, k, v, n = w.q, w.k, w.v, w.n
 
     def over(x: Tensor) -> Tensor:  # what arrives at each summand of a sum that got x
-        return sums_after(x) if causal else x.sum(1, keepdim=True)
+        return running_sums(x, reverse=True) if causal else x.sum(1, keepdim=True)
 
     given = v * w.competition
     du = grad * (w.incoming / n * w.allocation)

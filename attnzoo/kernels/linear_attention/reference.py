@@ -12,7 +12,6 @@ from torch import Tensor
 from attnzoo.kernels.linear_attention.problem import Problem
 from attnzoo.kernels.recompute import gradients
 
-
 _MAPS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "identity": lambda x, axis: x,
     "relu": lambda x, axis: x.relu(),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
+TRIANGLE = 32
 
 
 def scan(a: Tensor, b: Tensor, c: Tensor, reverse: bool = False) -> Tensor:
@@ -25,12 +26,7 @@ def scan(a: Tensor, b: Tensor, c: Tensor, reverse: bool = False) -> Tensor:
     u = torch.bmm(own.triu_() if reverse else own.tril_(), c)
     if len(a) > heads:
         sums = torch.bmm(b.transpose(1, 2), c).unflatten(0, (heads, -1))
-        past = torch.zeros_like(sums)
-        if reverse:
-            past[:, :-1] = sums[:, 1:].flip(1).cumsum(1).flip(1)
-        else:
-            past[:, 1:] = sums[:, :-1].cumsum(1)
-        u.baddbmm_(a, past.flatten(0, 1))
+        u.baddbmm_(a, _before(sums, reverse).flatten(0, 1))
     u = u.unflatten(0, (heads, -1)).flatten(1, 2)
     return u[:, :num_tokens]
 
@@ -40,6 +36,32 @@ def scan_gradients(a: Tensor, b: Tensor, c: Tensor, grad: Tensor) -> tuple[Tenso
     return scan(grad, c, b), scan(c, grad, a, reverse=True), scan(b, a, grad, reverse=True)
 
 
-def sums_after(x: Tensor) -> Tensor:
-    """Sum over j >= i of x_j [g, N, D]: what a cumsum over the tokens passes back."""
-    return x.flip(1).cumsum(1).flip(1)
+def _before(sums: Tensor, reverse: bool) -> Tensor:
+    """Sum over the chunks before each (reverse: after each) of sums [g, chunks, ...]."""
+    past, count = torch.zeros_like(sums), sums.shape[1]
+    if sums.device.type != "cpu":
+        if reverse:
+            past[:, :-1] = sums[:, 1:].flip(1).cumsum(1).flip(1)
+        else:
+            past[:, 1:] = sums[:, :-1].cumsum(1)
+        return past
+    # torch's cumsum on a CPU takes the entries one by one
+    order = range(count - 2, -1, -1) if reverse else range(1, count)
+    for i in order:
+        last = i + 1 if reverse else i - 1
+        torch.add(past[:, last], sums[:, last], out=past[:, i])
+    return past
+
+
+def running_sums(x: Tensor, reverse: bool = False) -> Tensor:
+    """Sum over j <= i of x_j [g, N, D], as products with a triangle of ones; reverse: over j >= i."""
+    heads, num_tokens, width = x.shape
+    size = min(num_tokens, TRIANGLE)
+    missing = -num_tokens % size
+    x = (F.pad(x, (0, 0, 0, missing)) if missing else x).reshape(-1, size, width)
+    ones = x.new_ones((size, size))
+    inside = torch.bmm((ones.triu_() if reverse else ones.tril_()).expand(len(x), -1, -1), x)
+    inside = inside.unflatten(0, (heads, -1))
+    if len(x) > heads:
+        inside += _before(inside[:, :, :1] if reverse else inside[:, :, -1:], reverse)
+    return inside.flatten(1, 2)[:, :num_tokens]

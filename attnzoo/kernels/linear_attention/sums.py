@@ -55,9 +55,7 @@ def _collect(problem: Problem, piece: Piece) -> _State:
         parts = [piece.take(problem.key, some, dtype).logsumexp(1, keepdim=True) for some in steps]
         positions = torch.cat(parts, 1).logsumexp(1, keepdim=True)
     elif problem.key_map == "softmax":
-        k = piece.take(problem.key, steps[0], dtype)
-        kept = (k - k.amax(1, keepdim=True)).exp_()
-        kept.div_(kept.sum(1, keepdim=True))
+        kept = piece.take(problem.key, steps[0], dtype).softmax(1)
     elif len(steps) == 1:
         kept = features(piece.take(problem.key, steps[0], dtype), problem.key_map)
     heads = piece.counts[0] * piece.counts[1]

@@ -146,10 +146,11 @@ class Gradients:
 def _totals(stage: Stage, needs: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Where the gradients of agents (zeros), tokens and bias (not filled) go."""
     agents, tokens, _, bias = needs
+    make = torch.empty_like if len(stage.tokens) else torch.zeros_like  # without a batch, nothing comes by
     return (
         torch.zeros(stage.agents.shape, dtype=stage.dtype, device=stage.agents.device) if agents else None,
         stage.tokens.new_empty(stage.tokens.shape) if tokens else None,
-        torch.empty_like(stage.bias, dtype=stage.dtype) if bias and stage.bias is not None else None,
+        make(stage.bias, dtype=stage.dtype) if bias and stage.bias is not None else None,
     )
 
 

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "flow 56x56": {"method": "flow", "batch": 1, "grid": (56, 56), "heads": 12, "head_dim": 8},
     "flow 28x28 batch 4": {"method": "flow", "batch": 4, "grid": (28, 28), "heads": 12, "head_dim": 16},
     "flow causal 1024": {"method": "flow causal", "batch": 1, "grid": (1024,), "heads": 8, "head_dim": 64},
+    "flow causal 4096": {"method": "flow causal", "batch": 1, "grid": (4096,), "heads": 2, "head_dim": 64},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "inline": {"normaliser": "subtract"},

@@ -20,7 +20,7 @@ There is no softmax over keys, and so no lse; "sum" has norm, by which partial r
 do by lse: out = sum_p norm_p out_p / sum_p norm_p (with eps = 0).
 
 Memory: the state of D x Dv per head, and pieces. Kept for the backward pass are the inputs and results; the rest is
-computed again. "flow" and is_causal work on all tokens of a few heads at a time (one head at least), and hold a dozen
+computed again. "flow" and is_causal work on all tokens of a few heads at a time (one head at least), and hold several
 tensors of that size.
 
 There is no Triton kernel. That is a decision by arithmetic, not a measurement. The sums over keys must be complete

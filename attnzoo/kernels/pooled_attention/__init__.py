@@ -4,7 +4,7 @@
     out         = softmax(query_scale query . agents + query_bias) agent_value    over the agents
 
 Layout: query [B, *grid, H, D], key [B, *grid, Hkv, D], value [B, *grid, Hkv, Dv], H a multiple of Hkv; agents
-[B or 1, A, H, D]. With A agents it costs 4 A (Nq + Nk) D multiplications a head instead of 2 Nq Nk (D + Dv) / 2.
+[B or 1, A, H, D]. It costs A (Nq + Nk) (D + Dv) multiplications a head, where dense attention costs Nq Nk (D + Dv).
 
     Agent Attention   agents = pooled queries; the biases are sums of an interpolated table, a row and a column part
     AgentSD           agents = projected merged tokens; query_scale = scale ** 0.3; value times 0.075 is added outside

@@ -3,8 +3,10 @@
     neighborhood_attention   1-D, 2-D, 3-D sliding windows (na1d, na2d, na3d: NATTEN's names); neighborhood_logits
     edited_attention         attention whose softmax is edited for some rows; grouped_attention, combine_groups,
                              group_masses, attention_probs, attention_column_sums, Visibility
+    pooled_attention         softmax attention through a few agent tokens, in two stages
+    linear_attention         phi(q) (phi(k)^T v), four normalisers, causal or not
     merge_attentions         partial results joined by their lse
-    plan_neighborhood_attention   its useful and executed FLOPs and speed-up bound, before anything runs
+    plan_neighborhood_attention   useful and executed FLOPs and the speed-up bound, before anything runs
     BACKENDS, use_backend, not_supported_reasons   which back end serves a call, and why another can't
 
 torch is needed, triton only by the back end of that name.
@@ -20,9 +22,11 @@ from attnzoo.kernels.edited_attention import (
     group_masses,
     grouped_attention,
 )
+from attnzoo.kernels.linear_attention import linear_attention
 from attnzoo.kernels.merge import merge_attentions
 from attnzoo.kernels.neighborhood_attention import na1d, na2d, na3d, neighborhood_attention, neighborhood_logits
 from attnzoo.kernels.planning import Plan, plan_neighborhood_attention
+from attnzoo.kernels.pooled_attention import pooled_attention
 
 __all__ = [
     "BACKENDS",
@@ -34,6 +38,7 @@ __all__ = [
     "edited_attention",
     "group_masses",
     "grouped_attention",
+    "linear_attention",
     "merge_attentions",
     "na1d",
     "na2d",
@@ -42,5 +47,6 @@ __all__ = [
     "neighborhood_logits",
     "not_supported_reasons",
     "plan_neighborhood_attention",
+    "pooled_attention",
     "use_backend",
 ]

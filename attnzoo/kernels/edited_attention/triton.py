@@ -32,8 +32,10 @@ from attnzoo.kernels.edited_attention.triton_parts import (
     groups_present,
     kind,
     launch_with,
+    of_batch,
     on_meta,
     per_key,
+    products,
     span_of,
     walk,
 )
@@ -66,7 +68,6 @@ TILES = {
 }
 FILL_PROGRAMS = 256  # programs that keep a large GPU busy: below it, keys are shared out
 MIN_SHARE = 256  # keys that are worth a program of their own
-FOLD_REGISTERS = 64  # of a thread, for the accumulators of all groups of a program
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -79,7 +80,7 @@ def edited_forward(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, REAL: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr,
     BIAS: tl.constexpr, BOOST: tl.constexpr, GROUPS: tl.constexpr, SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FOLD: tl.constexpr, SKIP: tl.constexpr, VALUES: tl.constexpr,
+    CHUNK: tl.constexpr, FOLD: tl.constexpr, SKIP: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of one tile of rows, FOLD key groups, one share of the keys; arguments as `run` gives them.
 
@@ -108,14 +109,13 @@ def edited_forward(
     query += b.to(tl.int64) * q_b
     key += b.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
     value += b.to(tl.int64) * v_b + kv_head.to(tl.int64) * v_h
-    given_real = (real + b.to(tl.int64) * real_b, real_n)
-    given_spans = (spans + b.to(tl.int64) * span_b, span_n)
-    given_mask = (mask + b.to(tl.int64) * mask_b, mask_h, mask_i, mask_n)
-    given_bias = (bias + b.to(tl.int64) * bias_b, bias_h, bias_n)
-    given_boost = (boost + b.to(tl.int64) * boost_b, boost_h, boost_n)
-    given_groups = (groups + b.to(tl.int64) * group_b, group_h, group_n)
-    q = load_rows(query, i.to(tl.int64) * q_n + head.to(tl.int64) * q_h, valid, DIM, BLOCK_D, UPCAST)
-    own_span = span_of(given_spans, place, valid, num_keys, SPANS)
+    given = of_batch(
+        b, real, spans, mask, bias, boost, groups, real_b, real_n, span_b, span_n, mask_b, mask_h, mask_i, mask_n,
+        bias_b, bias_h, bias_n, boost_b, boost_h, boost_n, group_b, group_h, group_n,
+    )  # fmt: skip
+    q_offsets = i.to(tl.int64) * q_n + head.to(tl.int64) * q_h
+    q = load_rows(query, q_offsets, valid, DIM, BLOCK_D, UPCAST)
+    own_span = span_of(given[1], place, valid, num_keys, SPANS)
 
     tops = (tl.full([BM], float("-inf"), tl.float32),) * FOLD
     totals = (tl.zeros([BM], tl.float32),) * FOLD
@@ -131,7 +131,7 @@ def edited_forward(
         number = 0
         present = 1
         if GROUPS != "none":
-            number = per_key(given_groups, head, one_head, n, inside, GROUPS, 255)
+            number = per_key(given[5], head, one_head, n, inside, GROUPS, 255)
             present = groups_present(number, first_group, FOLD)
         if SKIP:
             busy = present != 0
@@ -139,10 +139,9 @@ def edited_forward(
             busy: tl.constexpr = True  # type: ignore[no-redef]  # no branch, so that the loop can be pipelined
         if busy:
             k = load_rows(key, within_k, inside, DIM, BLOCK_D, UPCAST)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            s = products(q, k, query, q_offsets, valid, key, within_k, inside, DIM, BLOCK_D, CHUNK, UPCAST, PRECISION)
             _, logits = edited_logits(
-                s, i, head, one_head, place, own_span, valid, n, inside,
-                given_real, given_spans, given_mask, given_bias, given_boost, softcap, temperature, window,
+                s * scale, i, head, one_head, place, own_span, valid, n, inside, given, softcap, temperature, window,
                 CAUSAL, WINDOW, REAL, SPANS, MASK, BIAS, BOOST, SOFTCAP,
             )  # fmt: skip
             v = load_rows(value, within_v, inside, DIM_V, BLOCK_DV, UPCAST) if VALUES else k
@@ -194,10 +193,15 @@ def reasons(problem: tuple[Tensor, Tensor, Tensor, Visibility, Edits]) -> list[s
     return [f"triton computes float32, float16 and bfloat16; got {str(dtype).removeprefix('torch.')}"]
 
 
-def fold_of(num_groups: int, rows: int, block_dv: int, num_warps: int) -> int:
-    """How many key groups a program serves: what their accumulators leave of FOLD_REGISTERS, evenly shared out."""
-    threads = num_warps * (64 if vendor() == "hip" else 32)
-    most = max(1, FOLD_REGISTERS * threads // (rows * block_dv))
+def _fold(num_groups: int, rows: int, block_dv: int, num_warps: int, size: int) -> int:
+    """How many key groups a program serves, evenly shared out: as many as their accumulators leave registers for.
+
+    A tile of 16 rows holds 64 registers of them on every target, larger ones do where matrix units take the products.
+    Beyond that they spill: 1768 B with 4 groups of float32 at head dim 128 on gfx942, 28 B at 64 on sm_100.
+    """
+    hip = vendor() == "hip"
+    registers = 64 if rows == 16 or (size == 2 and not hip) else 0 if hip else 16
+    most = max(1, registers * num_warps * (64 if hip else 32) // (rows * block_dv))
     return triton.cdiv(num_groups, triton.cdiv(num_groups, most))
 
 
@@ -233,9 +237,11 @@ def run(
     block = max(32, common["BLOCK_D"], common["BLOCK_DV"])
     most_rows, keys, num_warps, num_stages = _tiles(query, visibility, edits, repeats)[block]
     rows = min(most_rows, max(16, triton.next_power_of_2(num_rows * repeats)))
-    if rows == 16 < most_rows:
+    if rows == 16 < most_rows and edits.groups is None:
         num_warps = min(num_warps, 4)
-    fold = fold_of(num_groups, rows, common["BLOCK_DV"], num_warps)
+    fold = _fold(num_groups, rows, common["BLOCK_DV"], num_warps, query.element_size())
+    if fold > 4 and common["GROUPS"] == "row":
+        keys = min(keys, 32)
     parts = triton.cdiv(num_groups, fold)
     programs = triton.cdiv(num_rows * repeats, rows) * batch * heads_kv * parts
     splits = max(1, min(triton.cdiv(num_keys, MIN_SHARE), FILL_PROGRAMS // programs))
@@ -295,7 +301,11 @@ AOT = [
         (torch.bfloat16, 512, 128, "everything"),
         (torch.bfloat16, 1, 128, "boost"),
         (torch.bfloat16, 1, 128, "groups"),
+        (torch.bfloat16, 1, 128, "8 groups"),
+        (torch.bfloat16, 1, 128, "groups by head"),
         (torch.bfloat16, 1, 128, "mask"),
+        (torch.bfloat16, 512, 128, "8 groups"),
+        (torch.bfloat16, 512, 128, "groups by head"),
         (torch.bfloat16, 512, 256, "groups"),
         (torch.float16, 512, 64, "groups"),
         (torch.float16, 512, 64, "everything"),
@@ -303,5 +313,7 @@ AOT = [
         (torch.float32, 512, 64, "groups"),
         (torch.float32, 512, 128, "groups"),
         (torch.float32, 1, 256, "groups"),
+        (torch.float32, 1, 256, "groups by head"),
+        (torch.float32, 512, 256, "groups by head"),
     )
 ]

@@ -17,12 +17,51 @@ from torch import Tensor
 
 from attnzoo.kernels.dispatch import interpreting
 from attnzoo.kernels.edited_attention.problem import Edits, Visibility
-from attnzoo.kernels.launch import launch
-from attnzoo.kernels.triton_shared import LOG2E, precision
+from attnzoo.kernels.launch import launch, vendor
+from attnzoo.kernels.triton_shared import LOG2E, load_rows, precision
 
 # Sizes that change from step to step: specialising on them would compile anew while a text grows.
 VARYING = ["num_rows", "num_keys", "offset", "window", "splits", "span_b", "real_b", "bias_b", "bias_h", "boost_b"]
 VARYING += ["boost_h", "group_b", "group_h", "mask_b", "mask_h", "mask_i"]
+
+
+@triton.jit
+def products(
+    a, b, a_pointer, a_offsets, a_valid, b_pointer, b_offsets, b_valid,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T, [rows of a, rows of b], of two tiles [rows, BLOCK] that `load_rows` reads from the pointers given.
+
+    CHUNK < BLOCK: read again, CHUNK columns at a time. float32 products run on NVIDIA's ordinary units, where a thread
+    holds whole rows of both: 256 columns are more than it has registers.
+    """
+    if CHUNK == BLOCK:
+        found = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        found = tl.zeros([a_valid.shape[0], b_valid.shape[0]], tl.float32)
+        for c in tl.static_range(0, BLOCK, CHUNK):
+            if c < DIM:
+                some_a = load_rows(a_pointer + c, a_offsets, a_valid, min(DIM - c, CHUNK), CHUNK, UPCAST)
+                some_b = load_rows(b_pointer + c, b_offsets, b_valid, min(DIM - c, CHUNK), CHUNK, UPCAST)
+                found = tl.dot(some_a, tl.trans(some_b), found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def of_batch(
+    b, real, spans, mask, bias, boost, groups, real_b, real_n, span_b, span_n, mask_b, mask_h, mask_i, mask_n,
+    bias_b, bias_h, bias_n, boost_b, boost_h, boost_n, group_b, group_h, group_n,
+):  # fmt: skip
+    """real, spans, mask, bias, boost, groups of one batch entry, each a pointer and its strides by head, row, key."""
+    b = b.to(tl.int64)
+    return (
+        (real + b * real_b, real_n),
+        (spans + b * span_b, span_n),
+        (mask + b * mask_b, mask_h, mask_i, mask_n),
+        (bias + b * bias_b, bias_h, bias_n),
+        (boost + b * boost_b, boost_h, boost_n),
+        (groups + b * group_b, group_h, group_n),
+    )
 
 
 @triton.jit
@@ -90,16 +129,15 @@ def span_of(spans, place, valid, num_keys, SPANS: tl.constexpr):
 
 @triton.jit
 def edited_logits(
-    s, i, head, one_head, place, own_span, valid, n, inside, real, spans, mask, bias, boost,
-    softcap, temperature, window,
+    s, i, head, one_head, place, own_span, valid, n, inside, given, softcap, temperature, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, REAL: tl.constexpr, SPANS: tl.constexpr, MASK: tl.constexpr,
     BIAS: tl.constexpr, BOOST: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """From scaled products s [rows, keys]: (capped products, edited base-2 logits, -inf where a key is not seen).
 
-    real, spans, mask, bias, boost: tuples of a pointer, at the batch entry, and its strides by head, row, key.
-    BIAS, BOOST: "none", "key" or "row", see `per_key`; MASK: "none", "bool" or "float".
+    given: from `of_batch`. BIAS, BOOST: "none", "key" or "row", see `per_key`; MASK: "none", "bool" or "float".
     """
+    real, spans, mask, bias, boost, _ = given
     if SOFTCAP:
         s = softcap * (1 - 2 / (tl.math.exp2(s * (2 * LOG2E / softcap)) + 1))
     z = s
@@ -121,11 +159,11 @@ def edited_logits(
     if MASK != "none":
         pointer, stride_h, stride_i, stride_n = mask
         at = i.to(tl.int64) * stride_i + head.to(tl.int64) * stride_h
-        given = tl.load(pointer + at[:, None] + n[None, :] * stride_n, mask=seen, other=0)
+        read = tl.load(pointer + at[:, None] + n[None, :] * stride_n, mask=seen, other=0)
         if MASK == "bool":
-            seen = seen & (given != 0)
+            seen = seen & (read != 0)
         else:
-            z += given.to(tl.float32)
+            z += read.to(tl.float32)
     if REAL:
         pointer, stride_n = real
         kept = tl.load(pointer + n * stride_n, mask=inside, other=0)
@@ -169,6 +207,11 @@ def blocks_of(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
+def chunk_of(block: int, query: Tensor) -> int:
+    """Columns of a tile that `products` contracts at a time."""
+    return min(block, 64) if query.element_size() == 4 and vendor() == "cuda" and block > 128 else block
+
+
 def common_arguments(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, edits: Edits, folded: int
 ) -> dict[str, Any]:
@@ -202,6 +245,8 @@ def common_arguments(
         "DIM_V": dim_v,
         "BLOCK_D": blocks_of(dim),
         "BLOCK_DV": blocks_of(dim_v),
+        "CHUNK": chunk_of(blocks_of(dim), query),
+        "CHUNK_V": chunk_of(blocks_of(dim_v), query),
         "CAUSAL": visibility.is_causal,
         "WINDOW": visibility.window_size is not None,
         "REAL": real is not None,
@@ -233,21 +278,26 @@ def on_meta(
     batch, num_keys, heads, heads_kv = 2, 2048, 32, 8
     key = make(batch, heads_kv, num_keys, head_dim, dtype=dtype).transpose(1, 2)
     query = make(batch, num_rows, heads, head_dim, dtype=dtype)
-    everything, groups = edited == "everything", edited in ("groups", "everything")
+    everything = edited == "everything"
+    num_groups = 8 if "8 groups" in edited else 4 if "groups" in edited or everything else 1
     visibility = Visibility(
-        is_causal=edited != "mask",
+        is_causal="mask" not in edited,
         query_offset=num_keys - num_rows,
         window_size=1024 if everything else None,
         key_mask=make(batch, num_keys, dtype=torch.bool) if everything else None,
         span_ids=make(batch, num_keys, dtype=torch.int64) if everything else None,
-        mask=make(batch, 1, num_rows, num_keys, dtype=torch.bool) if edited == "mask" else None,
+        mask=make(batch, 1, num_rows, num_keys, dtype=torch.bool if edited == "mask" else torch.float32)
+        if "mask" in edited
+        else None,
     )
     edits = Edits(
         scale=head_dim**-0.5,
         softcap=50.0 if everything else None,
         key_bias=make(1, heads, num_keys) if edited in ("bias by head", "everything") else None,
         boost=make(batch, 1, num_keys) if edited in ("boost", "mask", "everything") else None,
-        groups=make(batch, 1, num_keys, dtype=torch.uint8) if groups else None,
-        num_groups=4 if groups else 1,
+        groups=make(batch, heads if "by head" in edited else 1, num_keys, dtype=torch.uint8)
+        if num_groups > 1
+        else None,
+        num_groups=num_groups,
     )
     return query, key, key, visibility, edits

@@ -42,6 +42,7 @@ OPERATIONS = (
     "attnzoo.kernels.neighborhood_attention.triton",
     "attnzoo.kernels.edited_attention.triton",
     "attnzoo.kernels.edited_attention.triton_backward",
+    "attnzoo.kernels.edited_attention.triton_readout",
 )
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 

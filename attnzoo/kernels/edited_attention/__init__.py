@@ -193,22 +193,32 @@ def attention_probs(
     boost: Tensor | None = None,
     rows: Rows = (-1, None),
     head_reduction: str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The softmax rows themselves, for few `rows` (the last by default): a read-out, for OPERA, GIFT, CARVE.
 
     head_reduction: None, "max" or "mean" over heads. Other arguments as in `edited_attention`.
-    Returns [B, R, H, Nk], or [B, R, Nk] where heads are reduced; float32 (float64 for float64 inputs).
+    Returns [B, R, H, Nk], or [B, R, Nk] where heads are reduced; float32 (float64 for float64 inputs). On a GPU nothing
+    larger than that is formed, on a CPU SCORE_ELEMENTS logits at a time.
+
+    Where a gradient is asked for, the rows come from the formula in plain PyTorch, which holds them for all heads:
+    backend "auto" and "reference" do that, asking for another raises UnsupportedError.
     """
     check_choice("head_reduction", head_reduction, (None, "max", "mean"))
+    check_choice("backend", backend, ("auto", *operator.REASONS))
     query, key, _ = check_inputs(query, key, key)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
     start, stop = resolve_rows(rows, query.shape[1])
-    s = reference.logits(query[:, start:stop], key, seen.rows(start, stop), edits)
-    p = reference.softmax_parts(s)[0].transpose(1, 2)
-    if head_reduction is None:
-        return p.contiguous()
-    return p.amax(2) if head_reduction == "max" else p.mean(2)
+    problem = query[:, start:stop], key, seen.rows(start, stop), edits
+    reduction = head_reduction or "none"
+    if _asks_for_a_gradient(query, key, key_bias, boost, seen.mask):
+        if backend not in ("auto", "reference"):
+            raise UnsupportedError(
+                f"attention_probs: backend {backend!r} has no gradient; backend='reference' has, and no other"
+            )
+        return reference.probs(*problem, reduction)
+    return operator.probs(*problem, reduction, backend)
 
 
 def attention_column_sums(
@@ -222,23 +232,22 @@ def attention_column_sums(
     key_bias: Tensor | None = None,
     boost: Tensor | None = None,
     rows: Rows = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum over `rows` of the softmax, per key: what every key receives (ACT's sinks), without the matrix.
 
     Arguments as in `edited_attention`. Returns [B, H, Nk], float32 (float64 for float64 inputs). A read-out without a
-    gradient: UnsupportedError where query, key or an edit asks for one.
+    gradient: UnsupportedError where query, key, an edit or a float mask asks for one.
     """
+    check_choice("backend", backend, ("auto", *operator.REASONS))
     query, key, _ = check_inputs(query, key, key)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, key_bias, boost)):
+    if _asks_for_a_gradient(query, key, key_bias, boost, seen.mask):
         raise UnsupportedError("attention_column_sums has no gradient: call it under torch.no_grad()")
     start, stop = resolve_rows(rows, query.shape[1])
-    batch, num_keys, num_heads = query.shape[0], key.shape[1], query.shape[2]
-    total = query.new_zeros((batch, num_heads, num_keys), dtype=reference.statistics_dtype(query.dtype))
-    step = max(1, MASK_ELEMENTS // max(1, batch * num_heads * num_keys))
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        s = reference.logits(query[:, first:last], key, seen.rows(first, last), edits)
-        total += reference.softmax_parts(s)[0].sum(2)
-    return total
+    return operator.column_sums(query[:, start:stop], key, seen.rows(start, stop), edits, backend)
+
+
+def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

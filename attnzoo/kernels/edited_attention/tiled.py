@@ -8,6 +8,8 @@ computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -87,3 +89,50 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, e
             ids = block.of_heads(edits.groups)[..., None, keys]
             output[block.where], group_lse[block.where] = _split(s, v[:, keys], ids, block, edits.num_groups)
     return output, group_lse
+
+
+def _softmax_blocks(
+    query: Tensor, key: Tensor, visibility: Visibility, edits: Edits
+) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    """(block, e [kv heads, repeats * rows, n], total [.., 1]) of every block of rows; the softmax is e / total."""
+    dtype = statistics_dtype(query.dtype)
+    for block in blocks(query, key, visibility):
+        keys = slice(block.low, block.high)
+        k = key[block.batch, keys, block.first : block.last].to(dtype).transpose(0, 1)
+        s = cap(torch.bmm(block.fold(query, dtype) * edits.scale, k.transpose(1, 2)), edits)
+        s = edit(s.unflatten(1, (block.repeats, -1)), block, keys, visibility, edits, key.shape[1]).flatten(1, 2)
+        if s.shape[-1]:
+            top = s.amax(-1, keepdim=True)
+            top.masked_fill_(top == -INF, 0.0)
+            s.sub_(top).exp_()
+            total = s.sum(-1, keepdim=True)
+            yield block, s, torch.where(total == 0, 1.0, total)
+
+
+def column_sums(query: Tensor, key: Tensor, visibility: Visibility, edits: Edits) -> Tensor:
+    """The softmax summed over all of query's rows, [B, H, Nk], a block of rows at a time."""
+    batch, _, num_heads, _ = query.shape
+    sums = query.new_zeros((batch, num_heads, key.shape[1]), dtype=statistics_dtype(query.dtype))
+    for block, e, total in _softmax_blocks(query, key, visibility, edits):
+        rows = (len(e) * block.repeats, -1)
+        part = torch.bmm(total.reciprocal().reshape(rows[0], 1, -1), e.reshape(*rows, e.shape[-1]))
+        sums[block.batch, block.where[2], block.low : block.high].add_(part.squeeze(1))
+    return sums
+
+
+def probs(query: Tensor, key: Tensor, visibility: Visibility, edits: Edits, head_reduction: str) -> Tensor:
+    """The softmax of all of query's rows, [B, R, H, Nk]; [B, R, Nk] for head_reduction "max" or "mean"."""
+    batch, num_rows, num_heads, _ = query.shape
+    reduced = head_reduction != "none"
+    shape = (batch, num_rows, key.shape[1]) if reduced else (batch, num_rows, num_heads, key.shape[1])
+    found = query.new_zeros(shape, dtype=statistics_dtype(query.dtype))
+    for block, e, total in _softmax_blocks(query, key, visibility, edits):
+        p = block.unfold(e.div_(total))
+        of_rows = found[block.batch, block.start : block.stop, ..., block.low : block.high]
+        if not reduced:
+            of_rows[:, block.where[2]] = p
+        elif head_reduction == "max":
+            torch.maximum(of_rows, p.amax(1), out=of_rows)
+        else:
+            of_rows.add_(p.sum(1), alpha=1 / num_heads)
+    return found

@@ -53,7 +53,7 @@ from attnzoo.kernels.triton_shared import (
 TILES = {
     "cuda": {
         2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
-        4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 4, 2)},
+        4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     # A call with so many edits that the threads of the tiles above would run out of registers.
     "cuda, laden": {
@@ -68,6 +68,16 @@ TILES = {
 }
 FILL_PROGRAMS = 256  # programs that keep a large GPU busy: below it, keys are shared out
 MIN_SHARE = 256  # keys that are worth a program of their own
+
+
+@triton.jit
+def _step(logits, v, top, total, acc, VALUES: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax; without VALUES acc stays as it is."""
+    if VALUES:
+        top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
+    else:
+        top, total, _, _ = softmax_step(logits, top, total)
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -152,21 +162,17 @@ def edited_forward(
                 top = tops[g]
                 total = totals[g]
                 acc = accs[g]
-                if GROUPS == "none":
-                    if VALUES:
-                        top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
-                    else:
-                        top, total, _, _ = softmax_step(logits, top, total)
+                own = logits
+                if GROUPS != "none":
+                    own = tl.where(number == first_group + g, logits, float("-inf"))
+                if FOLD == 1:
+                    top, total, acc = _step(own, v, top, total, acc, VALUES, PRECISION)
                 else:
                     if (present >> g) & 1:
-                        own = tl.where(number == first_group + g, logits, float("-inf"))
-                        if VALUES:
-                            top, total, acc = online_softmax(own, v, top, total, acc, PRECISION)
-                        else:
-                            top, total, _, _ = softmax_step(own, top, total)
-                new_tops = new_tops + (top,)
-                new_totals = new_totals + (total,)
-                new_accs = new_accs + (acc,)
+                        top, total, acc = _step(own, v, top, total, acc, VALUES, PRECISION)
+                new_tops = new_tops + (top,)  # type: ignore[assignment]
+                new_totals = new_totals + (total,)  # type: ignore[assignment]
+                new_accs = new_accs + (acc,)  # type: ignore[assignment]
             tops = new_tops
             totals = new_totals
             accs = new_accs
@@ -196,12 +202,13 @@ def reasons(problem: tuple[Tensor, Tensor, Tensor, Visibility, Edits]) -> list[s
 def _fold(num_groups: int, rows: int, block_dv: int, num_warps: int, size: int) -> int:
     """How many key groups a program serves, evenly shared out: as many as their accumulators leave registers for.
 
-    A tile of 16 rows holds 64 registers of them on every target, larger ones do where matrix units take the products.
-    Beyond that they spill: 1768 B with 4 groups of float32 at head dim 128 on gfx942, 28 B at 64 on sm_100.
+    A tile of 16 rows holds them all (of float32 four), larger ones fewer: beyond what stands here they spill.
     """
     hip = vendor() == "hip"
-    registers = 64 if rows == 16 or (size == 2 and not hip) else 0 if hip else 16
+    registers = 64 if rows == 16 else 0 if hip else 48 if size == 2 else 16
     most = max(1, registers * num_warps * (64 if hip else 32) // (rows * block_dv))
+    if size == 4:
+        most = min(most, 4)
     return triton.cdiv(num_groups, triton.cdiv(num_groups, most))
 
 
@@ -237,7 +244,9 @@ def run(
     block = max(32, common["BLOCK_D"], common["BLOCK_DV"])
     most_rows, keys, num_warps, num_stages = _tiles(query, visibility, edits, repeats)[block]
     rows = min(most_rows, max(16, triton.next_power_of_2(num_rows * repeats)))
-    if rows == 16 < most_rows and edits.groups is None:
+    if edits.groups is not None and vendor() != "hip":
+        num_warps = 8
+    elif rows == 16 < most_rows:
         num_warps = min(num_warps, 4)
     fold = _fold(num_groups, rows, common["BLOCK_DV"], num_warps, query.element_size())
     if fold > 4 and common["GROUPS"] == "row":

@@ -33,7 +33,7 @@ from attnzoo.kernels.edited_attention.triton_parts import (
     edited_logits,
     groups_present,
     launch_with,
-    load_statistics,
+    load_lse,
     of_batch,
     on_meta,
     per_key,
@@ -83,8 +83,7 @@ def rows_of(
     """grad_out, base-2 lse and delta of a tile of rows, for `through_softmax`; with groups nothing."""
     if GROUPS == "none":
         do = load_rows(grad_out, row * DIM_V, valid, DIM_V, BLOCK_DV, UPCAST)
-        lse2, d = load_statistics(lse, delta, row, valid)
-        return do, lse2, d
+        return do, load_lse(lse, row, valid), tl.load(delta + row, mask=valid, other=0.0)
     else:
         return 0, 0, 0
 
@@ -115,7 +114,8 @@ def through_softmax(
             if (present >> g) & 1:
                 at = row * num_groups + g
                 own_do = load_rows(grad_out, at * DIM_V, valid, DIM_V, BLOCK_DV, UPCAST)
-                own_lse2, own_d = load_statistics(lse, delta, at, valid)
+                own_lse2 = load_lse(lse, at, valid)
+                own_d = tl.load(delta + at, mask=valid, other=0.0)
                 p = tl.math.exp2(tl.where(number == g, z, float("-inf")) - own_lse2[:, None])
                 if GRAD_VALUE:
                     acc_v = tl.dot(tl.trans(p.to(own_do.dtype)), own_do, acc_v, input_precision=PRECISION)

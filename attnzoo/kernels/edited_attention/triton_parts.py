@@ -172,11 +172,10 @@ def edited_logits(
 
 
 @triton.jit
-def load_statistics(lse, delta, rows, valid):
-    """Base-2 lse and delta of rows; +inf for a row without keys, so that its probabilities are 0 and not NaN."""
+def load_lse(lse, rows, valid):
+    """Base-2 lse of rows; +inf for a row without keys, so that its probabilities are 0 and not NaN."""
     natural = tl.load(lse + rows, mask=valid, other=float("-inf"))
-    lse2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
-    return lse2, tl.load(delta + rows, mask=valid, other=0.0)
+    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
 
 
 # ------------------------------------------------------------------------------------------------------- the launchers
@@ -209,7 +208,7 @@ def blocks_of(dim: int) -> int:
 
 def chunk_of(block: int, query: Tensor) -> int:
     """Columns of a tile that `products` contracts at a time."""
-    return min(block, 64) if query.element_size() == 4 and vendor() == "cuda" and block > 128 else block
+    return min(block, 64) if query.element_size() == 4 and vendor() == "cuda" else block
 
 
 def common_arguments(

@@ -118,12 +118,18 @@ def edited_attention(
             continue
         group_output, group_lse = operator.grouped(q, key, value, part, edits if edited else edits.plain(), backend)
         if edited and rule is not None:
-            factors = rule if isinstance(rule, Tensor) else rule(group_masses(group_lse))
-            pieces.append(combine_groups(group_output, group_lse, factors, renormalise))
+            masses = group_masses(group_lse)
+            pieces.append(
+                _combine(group_output, masses, rule if isinstance(rule, Tensor) else rule(masses), renormalise)
+            )
         else:
             pieces.append(group_output.squeeze(3))
-        lses.append(reference.softmax_parts(group_lse)[1])
-    output = torch.cat(pieces, 1).contiguous() if pieces else query.new_zeros((*query.shape[:3], value.shape[3]))
+        if return_lse:
+            lses.append(reference.softmax_parts(group_lse)[1])
+    if pieces:
+        output = (torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]).contiguous()
+    else:
+        output = query.new_zeros((*query.shape[:3], value.shape[3]))
     if not return_lse:
         return output
     return output, torch.cat(lses, 1) if lses else query.new_zeros(query.shape[:3], dtype=torch.float32)
@@ -171,7 +177,10 @@ def combine_groups(
     None means ones (plain attention). renormalise divides by sum of factors_g * mass_g (a row where that is 0 gives 0).
     Returns [B, R, H, Dv] in group_output's dtype, contiguous.
     """
-    weights = group_masses(group_lse)
+    return _combine(group_output, group_masses(group_lse), factors, renormalise)
+
+
+def _combine(group_output: Tensor, weights: Tensor, factors: Tensor | None, renormalise: bool) -> Tensor:
     if factors is not None:
         weights = weights * factors.to(weights.dtype)
     if renormalise:

@@ -2,7 +2,7 @@
 
     neighborhood_attention   1-D, 2-D, 3-D sliding windows (na1d, na2d, na3d: NATTEN's names); neighborhood_logits
     edited_attention         attention whose softmax is edited for some rows; grouped_attention, combine_groups,
-                             group_masses, attention_probs, attention_column_sums, Visibility
+                             group_masses, group_value_mean, attention_probs, attention_column_sums, Visibility
     merge_attentions         partial results joined by their lse
     BACKENDS, use_backend, not_supported_reasons   which back end serves a call, and why another can't
 
@@ -17,6 +17,7 @@ from attnzoo.kernels.edited_attention import (
     combine_groups,
     edited_attention,
     group_masses,
+    group_value_mean,
     grouped_attention,
 )
 from attnzoo.kernels.merge import merge_attentions
@@ -30,6 +31,7 @@ __all__ = [
     "combine_groups",
     "edited_attention",
     "group_masses",
+    "group_value_mean",
     "grouped_attention",
     "merge_attentions",
     "na1d",

@@ -44,6 +44,7 @@ from attnzoo.kernels.edited_attention.problem import (
     check_visibility,
     resolve_rows,
 )
+from attnzoo.kernels.edited_attention.value_mean import group_value_mean
 
 __all__ = [
     "MASK_ELEMENTS",
@@ -55,6 +56,7 @@ __all__ = [
     "combine_groups",
     "edited_attention",
     "group_masses",
+    "group_value_mean",
     "grouped_attention",
 ]
 

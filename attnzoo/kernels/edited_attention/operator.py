@@ -76,7 +76,10 @@ def _fake(*arguments: object) -> tuple[Tensor, ...]:
 def _backward(grads: tuple, tensors: tuple, results: tuple, options: tuple, needs: tuple) -> list[Tensor | None]:
     call = _Call(*tensors, *options)
     wanted = {name: needed for name, needed in zip(_DIFFERENTIABLE, needs) if name}
-    module = dispatch.backend_module("edited_attention", "triton_backward") if call.backend == "triton" else backward
+    module: Any = backward
+    if call.backend == "triton":
+        on_gpu = dispatch.backend_module("edited_attention", "triton_backward")
+        module = on_gpu if on_gpu.serves(call.query, call.value) else backward
     with torch.autocast(call.query.device.type, enabled=False):
         found = module.gradients(grads, tensors[:3], results, call.visibility, call.edits, wanted)
     return [found.get(name) for name in _DIFFERENTIABLE]

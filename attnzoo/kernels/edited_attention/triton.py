@@ -52,7 +52,7 @@ from attnzoo.kernels.triton_shared import (
 # (rows, keys, warps, stages) by element size and the power of two, from 32, that holds both head dims.
 TILES = {
     "cuda": {
-        2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
+        2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
         4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     # A call with so many edits that the threads of the tiles above would run out of registers.
@@ -244,7 +244,8 @@ def run(
     block = max(32, common["BLOCK_D"], common["BLOCK_DV"])
     most_rows, keys, num_warps, num_stages = _tiles(query, visibility, edits, repeats)[block]
     rows = min(most_rows, max(16, triton.next_power_of_2(num_rows * repeats)))
-    if edits.groups is not None and vendor() != "hip":
+    by_row = "row" in (common["BIAS"], common["BOOST"])
+    if vendor() != "hip" and (edits.groups is not None or (by_row and rows > 16)):
         num_warps = 8
     elif rows == 16 < most_rows:
         num_warps = min(num_warps, 4)

@@ -45,10 +45,10 @@ from attnzoo.kernels.edited_attention.triton_parts import (
 from attnzoo.kernels.launch import launch, vendor
 from attnzoo.kernels.triton_shared import load_rows, on_device, store_rows
 
-# (rows, keys, warps, stages) of each kernel by element size and the power of two, from 32, that holds both head dims.
+# (rows, keys, warps, stages) of every kernel by element size and the power of two, from 32, that holds both head dims.
 TILES = {
     "cuda": {
-        2: {32: (64, 64, 8, 1), 64: (64, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+        2: {32: (64, 64, 8, 1), 64: (64, 64, 8, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
         4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "hip": {
@@ -56,6 +56,19 @@ TILES = {
         4: {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     },
 }
+LADEN = (32, 32, 8, 1)  # what a tile of more than 32 rows becomes on NVIDIA where groups or many edits are given
+
+
+def _tiles(query: Tensor, visibility: Visibility, edits: Edits, block: int) -> tuple[int, int, int, int]:
+    """The tiles of a call."""
+    found = TILES["hip" if vendor() == "hip" else "cuda"][query.element_size()][block]
+    many = edits.groups is not None or visibility.mask is not None or visibility.span_ids is not None
+    return LADEN if many and found[0] > 32 and vendor() != "hip" else found
+
+
+def serves(query: Tensor, value: Tensor) -> bool:
+    """False for float32 beyond head dim 128 on NVIDIA: the kernels would spill there (1088 to 2756 B with groups)."""
+    return not (vendor() == "cuda" and query.element_size() == 4 and max(query.shape[3], value.shape[3]) > 128)
 
 
 @triton.jit
@@ -393,7 +406,7 @@ def gradients(
     by_row = common_arguments(query, key, value, visibility, edits, repeats)
     by_head = common_arguments(query, key, value, visibility, edits, 1)
     block = max(32, by_row["BLOCK_D"], by_row["BLOCK_DV"])
-    most_rows, keys, num_warps, num_stages = TILES["hip" if vendor() == "hip" else "cuda"][query.element_size()][block]
+    most_rows, keys, num_warps, num_stages = _tiles(query, visibility, edits, block)
     rows = min(most_rows, max(16, triton.next_power_of_2(num_rows * repeats)))
     tiles = {"BN": keys, "num_warps": num_warps, "num_stages": num_stages}
     per_head = {"BM": min(rows, max(16, triton.next_power_of_2(num_rows))), **tiles}
@@ -485,6 +498,5 @@ AOT = [
         (torch.float16, 80, "bias by head"),
         (torch.float32, 64, "groups"),
         (torch.float32, 128, "everything"),
-        (torch.float32, 256, "groups by head"),
     )
 ]

@@ -55,6 +55,11 @@ TILES = {
         2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)},
         4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
+    # A call with groups, or with a tensor that is read by query head.
+    "cuda, grouped": {
+        2: {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 16, 8, 2)},
+        4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    },
     # A call with so many edits that the threads of the tiles above would run out of registers.
     "cuda, laden": {
         2: {32: (32, 64, 8, 2), 64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
@@ -225,7 +230,8 @@ def _tiles(query: Tensor, visibility: Visibility, edits: Edits, repeats: int) ->
     by_key = [visibility.window_size, visibility.key_mask, edits.softcap]
     count = 2 * kinds.count("row") + kinds.count("key") + sum(given is not None for given in by_key)
     laden = visibility.mask is not None or visibility.span_ids is not None or count > (2 if size == 2 else 1)
-    return TILES["cuda, laden" if laden else "cuda"][size]
+    grouped = edits.groups is not None or "row" in kinds
+    return TILES["cuda, laden" if laden else "cuda, grouped" if grouped else "cuda"][size]
 
 
 def run(
@@ -244,10 +250,7 @@ def run(
     block = max(32, common["BLOCK_D"], common["BLOCK_DV"])
     most_rows, keys, num_warps, num_stages = _tiles(query, visibility, edits, repeats)[block]
     rows = min(most_rows, max(16, triton.next_power_of_2(num_rows * repeats)))
-    by_row = "row" in (common["BIAS"], common["BOOST"])
-    if vendor() != "hip" and (edits.groups is not None or (by_row and rows > 16)):
-        num_warps = 8
-    elif rows == 16 < most_rows:
+    if rows == 16 < most_rows and (edits.groups is None or vendor() == "hip"):
         num_warps = min(num_warps, 4)
     fold = _fold(num_groups, rows, common["BLOCK_DV"], num_warps, query.element_size())
     if fold > 4 and common["GROUPS"] == "row":

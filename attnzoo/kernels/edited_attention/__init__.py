@@ -19,8 +19,9 @@ ACT, GIFT) is a sum over G vectors: `combine_groups`.
 
 Memory: unedited rows go through F.scaled_dot_product_attention, at most MASK_ELEMENTS mask entries at a time (with a
 softcap, or where their lse is asked for, they go where the edited rows go). Edited rows hold SCORE_ELEMENTS logits at a
-time on the CPU and in the backward pass, or those of one row where that is more, and none on the GPU; only the back end
-"reference", which serves float64 on a GPU, forms the matrix.
+time on the CPU, or those of one row where that is more, and none on the GPU, forward and backward (float32 beyond head
+dim 128 on NVIDIA takes the CPU's backward); only the back end "reference", which serves float64 on a GPU, forms the
+matrix.
 
 Sources: shared/specs/vlm.md section 2 (kernel contract); PAI 9bbd8bd attention.py; VAR 98e62d6 src/logic/logic.py.
 """
@@ -28,16 +29,18 @@ Sources: shared/specs/vlm.md section 2 (kernel contract); PAI 9bbd8bd attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attnzoo.errors import UnsupportedError, check_choice
-from attnzoo.kernels.edited_attention import operator, reference, stock
+from attnzoo.kernels.edited_attention import operator, reference, stock, tiled
 from attnzoo.kernels.edited_attention.problem import (
     MASK_ELEMENTS,
     MAX_GROUPS,
     SCORE_ELEMENTS,
+    Edits,
     Visibility,
     check_edits,
     check_inputs,
@@ -118,6 +121,9 @@ def edited_attention(
         if not edited and not return_lse and softcap is None:
             pieces.append(stock.rows(q, key, value, part, edits.scale))
             continue
+        if edited and rule is not None and not return_lse and _few_on_cpu(q, key, value, part, edits, backend):
+            pieces.append(_regrouped(q, key, value, part, edits, rule, renormalise))
+            continue
         group_output, group_lse = operator.grouped(q, key, value, part, edits if edited else edits.plain(), backend)
         if edited and rule is not None:
             masses = group_masses(group_lse)
@@ -135,6 +141,30 @@ def edited_attention(
     if not return_lse:
         return output
     return output, torch.cat(lses, 1) if lses else query.new_zeros(query.shape[:3], dtype=torch.float32)
+
+
+def _few_on_cpu(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, edits: Edits, backend: str) -> bool:
+    """Whether the rows' probabilities may be held, and are all that is needed: a decoding step on the CPU."""
+    assert edits.groups is not None
+    return (
+        query.device.type == "cpu"
+        and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1] <= SCORE_ELEMENTS
+        and edits.groups.shape[1] == 1
+        and not _asks_for_a_gradient(query, key, value, edits.key_bias, edits.boost, seen.mask)
+        and operator.chosen(query, key, value, seen, edits, backend) == "tiled"
+    )
+
+
+def _regrouped(
+    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, edits: Edits, rule: Rule | Tensor, renormalise: bool
+) -> Tensor:
+    assert edits.groups is not None
+    member = edits.groups[:, 0] < edits.num_groups
+    seen = replace(seen, key_mask=member if seen.key_mask is None else seen.key_mask & member)
+    probs = operator.probs(query, key, seen, replace(edits, groups=None, num_groups=1), "none", "tiled")
+    with torch.autocast("cpu", enabled=False):
+        found = tiled.regrouped(probs, value, edits.groups, edits.num_groups, rule, renormalise)
+    return found.to(query.dtype)
 
 
 def grouped_attention(

@@ -97,13 +97,18 @@ REASONS: dict[str, dispatch.Reasons] = {
 }
 
 
+def chosen(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, edits: Edits, backend: str) -> str:
+    """The back end that serves the call; raises where the asked one can't."""
+    problem = (query, key, value, visibility, edits)
+    return dispatch.choose("edited_attention", backend, problem, query.device, REASONS)
+
+
 def grouped(
     query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, edits: Edits, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Every row of query edited: group_output [B, R, H, G, Dv], group_lse [B, R, H, G] (G = 1 without groups)."""
     assert visibility.query_offset is not None
-    problem = (query, key, value, visibility, edits)
-    backend = dispatch.choose("edited_attention", backend, problem, query.device, REASONS)
+    backend = chosen(query, key, value, visibility, edits, backend)
     query, key, value = (library.last_dim_contiguous(tensor) for tensor in (query, key, value))
     output, group_lse = _operator(
         query,

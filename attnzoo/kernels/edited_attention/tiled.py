@@ -8,7 +8,7 @@ computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -155,3 +155,24 @@ def probs(query: Tensor, key: Tensor, visibility: Visibility, edits: Edits, head
         else:
             of_rows.add_(p.sum(1), alpha=1 / num_heads)
     return found
+
+
+def regrouped(
+    probs: Tensor, value: Tensor, groups: Tensor, num_groups: int, rule: Tensor | Callable, renormalise: bool
+) -> Tensor:
+    """Few rows, re-weighted before the values are read: one product with them instead of one per group.
+
+    probs [B, R, H, Nk], 0 for keys in no group; groups [B or 1, 1, Nk]. Returns [B, R, H, Dv] in probs' dtype.
+    """
+    batch, num_rows, num_heads, num_keys = probs.shape
+    p = probs.transpose(1, 2)
+    member = (groups.unsqueeze(2) == torch.arange(num_groups, dtype=torch.uint8)[:, None]).to(p.dtype)
+    masses = (p @ member.transpose(2, 3)).transpose(1, 2)
+    factors = (rule if isinstance(rule, Tensor) else rule(masses)).to(p.dtype).expand(masses.shape)
+    if renormalise:
+        total = (factors * masses).sum(-1, keepdim=True)
+        factors = factors / torch.where(total == 0, 1.0, total)
+    weights = p * (factors.transpose(1, 2) @ member)
+    weights = weights.reshape(batch, value.shape[2], -1, num_keys)
+    rows = [torch.bmm(w, v.to(p.dtype).transpose(0, 1)) for w, v in zip(weights, value)]
+    return torch.stack(rows).reshape(batch, num_heads, num_rows, -1).transpose(1, 2)

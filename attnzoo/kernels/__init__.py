@@ -2,7 +2,7 @@
 
     neighborhood_attention   1-D, 2-D, 3-D sliding windows (na1d, na2d, na3d: NATTEN's names); neighborhood_logits
     edited_attention         attention whose softmax is edited for some rows; grouped_attention, combine_groups,
-                             group_masses, attention_probs, attention_column_sums, Visibility
+                             group_masses, group_value_mean, attention_probs, attention_column_sums, Visibility
     pooled_attention         softmax attention through a few agent tokens, in two stages
     linear_attention         phi(q) (phi(k)^T v), four normalisers, causal or not
     merge_attentions         partial results joined by their lse
@@ -20,6 +20,7 @@ from attnzoo.kernels.edited_attention import (
     combine_groups,
     edited_attention,
     group_masses,
+    group_value_mean,
     grouped_attention,
 )
 from attnzoo.kernels.linear_attention import linear_attention
@@ -37,6 +38,7 @@ __all__ = [
     "combine_groups",
     "edited_attention",
     "group_masses",
+    "group_value_mean",
     "grouped_attention",
     "linear_attention",
     "merge_attentions",

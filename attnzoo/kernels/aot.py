@@ -41,6 +41,8 @@ from attnzoo.kernels.launch import Launch, recording
 OPERATIONS = (
     "attnzoo.kernels.neighborhood_attention.triton",
     "attnzoo.kernels.edited_attention.triton",
+    "attnzoo.kernels.edited_attention.triton_backward",
+    "attnzoo.kernels.edited_attention.triton_readout",
 )
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 

@@ -51,14 +51,20 @@ def store_rows(pointer, offsets, valid, tile, COLUMNS: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
-    """One step: base-2 logits [BM, BN] and values [BN, DV] into running maximum, sum and weighted values."""
+def softmax_step(logits, top, total):
+    """Base-2 logits [BM, BN] into running maximum and sum; also their weights and how much what was before fades."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have met no key yet
     p = tl.math.exp2(logits - safe[:, None])
     fade = tl.math.exp2(top - safe)
-    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-    return new_top, total * fade + tl.sum(p, 1), acc
+    return new_top, total * fade + tl.sum(p, 1), p, fade
+
+
+@triton.jit
+def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
+    """One step: base-2 logits [BM, BN] and values [BN, DV] into running maximum, sum and weighted values."""
+    top, total, p, fade = softmax_step(logits, top, total)
+    return top, total, tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
 
 def precision() -> str:

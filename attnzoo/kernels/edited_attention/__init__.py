@@ -19,8 +19,9 @@ ACT, GIFT) is a sum over G vectors: `combine_groups`.
 
 Memory: unedited rows go through F.scaled_dot_product_attention, at most MASK_ELEMENTS mask entries at a time (with a
 softcap, or where their lse is asked for, they go where the edited rows go). Edited rows hold SCORE_ELEMENTS logits at a
-time on the CPU and in the backward pass, or those of one row where that is more, and none on the GPU; only the back end
-"reference", which serves float64 on a GPU, forms the matrix.
+time on the CPU, or those of one row where that is more, and none on the GPU, forward and backward (float32 beyond head
+dim 128 on NVIDIA takes the CPU's backward); only the back end "reference", which serves float64 on a GPU, forms the
+matrix.
 
 Sources: shared/specs/vlm.md section 2 (kernel contract); PAI 9bbd8bd attention.py; VAR 98e62d6 src/logic/logic.py.
 """
@@ -28,22 +29,25 @@ Sources: shared/specs/vlm.md section 2 (kernel contract); PAI 9bbd8bd attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from attnzoo.errors import UnsupportedError, check_choice
-from attnzoo.kernels.edited_attention import operator, reference, stock
+from attnzoo.kernels.edited_attention import operator, reference, stock, tiled
 from attnzoo.kernels.edited_attention.problem import (
     MASK_ELEMENTS,
     MAX_GROUPS,
     SCORE_ELEMENTS,
+    Edits,
     Visibility,
     check_edits,
     check_inputs,
     check_visibility,
     resolve_rows,
 )
+from attnzoo.kernels.edited_attention.value_mean import group_value_mean
 
 __all__ = [
     "MASK_ELEMENTS",
@@ -55,6 +59,7 @@ __all__ = [
     "combine_groups",
     "edited_attention",
     "group_masses",
+    "group_value_mean",
     "grouped_attention",
 ]
 
@@ -116,17 +121,50 @@ def edited_attention(
         if not edited and not return_lse and softcap is None:
             pieces.append(stock.rows(q, key, value, part, edits.scale))
             continue
+        if edited and rule is not None and not return_lse and _few_on_cpu(q, key, value, part, edits, backend):
+            pieces.append(_regrouped(q, key, value, part, edits, rule, renormalise))
+            continue
         group_output, group_lse = operator.grouped(q, key, value, part, edits if edited else edits.plain(), backend)
         if edited and rule is not None:
-            factors = rule if isinstance(rule, Tensor) else rule(group_masses(group_lse))
-            pieces.append(combine_groups(group_output, group_lse, factors, renormalise))
+            masses = group_masses(group_lse)
+            pieces.append(
+                _combine(group_output, masses, rule if isinstance(rule, Tensor) else rule(masses), renormalise)
+            )
         else:
             pieces.append(group_output.squeeze(3))
-        lses.append(reference.softmax_parts(group_lse)[1])
-    output = torch.cat(pieces, 1).contiguous() if pieces else query.new_zeros((*query.shape[:3], value.shape[3]))
+        if return_lse:
+            lses.append(reference.softmax_parts(group_lse)[1])
+    if pieces:
+        output = (torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]).contiguous()
+    else:
+        output = query.new_zeros((*query.shape[:3], value.shape[3]))
     if not return_lse:
         return output
     return output, torch.cat(lses, 1) if lses else query.new_zeros(query.shape[:3], dtype=torch.float32)
+
+
+def _few_on_cpu(query: Tensor, key: Tensor, value: Tensor, seen: Visibility, edits: Edits, backend: str) -> bool:
+    """Whether the rows' probabilities may be held, and are all that is needed: a decoding step on the CPU."""
+    assert edits.groups is not None
+    return (
+        query.device.type == "cpu"
+        and query.shape[0] * query.shape[1] * query.shape[2] * key.shape[1] <= SCORE_ELEMENTS
+        and edits.groups.shape[1] == 1
+        and not _asks_for_a_gradient(query, key, value, edits.key_bias, edits.boost, seen.mask)
+        and operator.chosen(query, key, value, seen, edits, backend) == "tiled"
+    )
+
+
+def _regrouped(
+    query: Tensor, key: Tensor, value: Tensor, seen: Visibility, edits: Edits, rule: Rule | Tensor, renormalise: bool
+) -> Tensor:
+    assert edits.groups is not None
+    member = edits.groups[:, 0] < edits.num_groups
+    seen = replace(seen, key_mask=member if seen.key_mask is None else seen.key_mask & member)
+    probs = operator.probs(query, key, seen, replace(edits, groups=None, num_groups=1), "none", "tiled")
+    with torch.autocast("cpu", enabled=False):
+        found = tiled.regrouped(probs, value, edits.groups, edits.num_groups, rule, renormalise)
+    return found.to(query.dtype)
 
 
 def grouped_attention(
@@ -171,7 +209,10 @@ def combine_groups(
     None means ones (plain attention). renormalise divides by sum of factors_g * mass_g (a row where that is 0 gives 0).
     Returns [B, R, H, Dv] in group_output's dtype, contiguous.
     """
-    weights = group_masses(group_lse)
+    return _combine(group_output, group_masses(group_lse), factors, renormalise)
+
+
+def _combine(group_output: Tensor, weights: Tensor, factors: Tensor | None, renormalise: bool) -> Tensor:
     if factors is not None:
         weights = weights * factors.to(weights.dtype)
     if renormalise:
@@ -193,22 +234,32 @@ def attention_probs(
     boost: Tensor | None = None,
     rows: Rows = (-1, None),
     head_reduction: str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The softmax rows themselves, for few `rows` (the last by default): a read-out, for OPERA, GIFT, CARVE.
 
     head_reduction: None, "max" or "mean" over heads. Other arguments as in `edited_attention`.
-    Returns [B, R, H, Nk], or [B, R, Nk] where heads are reduced; float32 (float64 for float64 inputs).
+    Returns [B, R, H, Nk], or [B, R, Nk] where heads are reduced; float32 (float64 for float64 inputs). On a GPU nothing
+    larger than that is formed, on a CPU SCORE_ELEMENTS logits at a time.
+
+    Where a gradient is asked for, the rows come from the formula in plain PyTorch, which holds them for all heads:
+    backend "auto" and "reference" do that, asking for another raises UnsupportedError.
     """
     check_choice("head_reduction", head_reduction, (None, "max", "mean"))
+    check_choice("backend", backend, ("auto", *operator.REASONS))
     query, key, _ = check_inputs(query, key, key)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
     start, stop = resolve_rows(rows, query.shape[1])
-    s = reference.logits(query[:, start:stop], key, seen.rows(start, stop), edits)
-    p = reference.softmax_parts(s)[0].transpose(1, 2)
-    if head_reduction is None:
-        return p.contiguous()
-    return p.amax(2) if head_reduction == "max" else p.mean(2)
+    problem = query[:, start:stop], key, seen.rows(start, stop), edits
+    reduction = head_reduction or "none"
+    if _asks_for_a_gradient(query, key, key_bias, boost, seen.mask):
+        if backend not in ("auto", "reference"):
+            raise UnsupportedError(
+                f"attention_probs: backend {backend!r} has no gradient; backend='reference' has, and no other"
+            )
+        return reference.probs(*problem, reduction)
+    return operator.probs(*problem, reduction, backend)
 
 
 def attention_column_sums(
@@ -222,23 +273,22 @@ def attention_column_sums(
     key_bias: Tensor | None = None,
     boost: Tensor | None = None,
     rows: Rows = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum over `rows` of the softmax, per key: what every key receives (ACT's sinks), without the matrix.
 
     Arguments as in `edited_attention`. Returns [B, H, Nk], float32 (float64 for float64 inputs). A read-out without a
-    gradient: UnsupportedError where query, key or an edit asks for one.
+    gradient: UnsupportedError where query, key, an edit or a float mask asks for one.
     """
+    check_choice("backend", backend, ("auto", *operator.REASONS))
     query, key, _ = check_inputs(query, key, key)
     seen = check_visibility(Visibility() if visibility is None else visibility, query, key)
     edits = check_edits(query, key, scale, softcap, temperature, key_bias, boost)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, key_bias, boost)):
+    if _asks_for_a_gradient(query, key, key_bias, boost, seen.mask):
         raise UnsupportedError("attention_column_sums has no gradient: call it under torch.no_grad()")
     start, stop = resolve_rows(rows, query.shape[1])
-    batch, num_keys, num_heads = query.shape[0], key.shape[1], query.shape[2]
-    total = query.new_zeros((batch, num_heads, num_keys), dtype=reference.statistics_dtype(query.dtype))
-    step = max(1, MASK_ELEMENTS // max(1, batch * num_heads * num_keys))
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        s = reference.logits(query[:, first:last], key, seen.rows(first, last), edits)
-        total += reference.softmax_parts(s)[0].sum(2)
-    return total
+    return operator.column_sums(query[:, start:stop], key, seen.rows(start, stop), edits, backend)
+
+
+def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

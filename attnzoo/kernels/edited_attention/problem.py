@@ -104,7 +104,7 @@ def _position(end: int, length: int) -> int:
     return min(max(end + length if end < 0 else end, 0), length)
 
 
-def _check_broadcast(name: str, tensor: Tensor, wanted: Iterable[tuple[str, int, bool]]) -> None:
+def check_broadcast(name: str, tensor: Tensor, wanted: Iterable[tuple[str, int, bool]]) -> None:
     """Raise ValueError unless each axis has its size, or 1 where it may be broadcast."""
     axes = list(wanted)
     fits = all(size == want or (may_be_one and size == 1) for size, (_, want, may_be_one) in zip(tensor.shape, axes))
@@ -127,14 +127,14 @@ def check_visibility(visibility: Visibility, query: Tensor, key: Tensor) -> Visi
     over_keys = [("B", batch, True), ("Nk", num_keys, False)]
     if visibility.key_mask is not None:
         check_tensor("key_mask", visibility.key_mask, 2, [torch.bool])
-        _check_broadcast("key_mask", visibility.key_mask, over_keys)
+        check_broadcast("key_mask", visibility.key_mask, over_keys)
     if visibility.span_ids is not None:
         check_tensor("span_ids", visibility.span_ids, 2, [torch.int8, torch.int16, torch.int32, torch.int64])
-        _check_broadcast("span_ids", visibility.span_ids, over_keys)
+        check_broadcast("span_ids", visibility.span_ids, over_keys)
     if visibility.mask is not None:
         check_tensor("mask", visibility.mask, 4, [torch.bool, *FLOATS])
         axes = [("B", batch, True), ("H", num_heads, True), ("Nq", num_queries, False), ("Nk", num_keys, False)]
-        _check_broadcast("mask", visibility.mask, axes)
+        check_broadcast("mask", visibility.mask, axes)
     check_same("device", query=query, key_mask=visibility.key_mask, span_ids=visibility.span_ids, mask=visibility.mask)
     return visibility.resolved(num_queries, num_keys)
 
@@ -185,14 +185,14 @@ def check_edits(
     for name, tensor in (("key_bias", key_bias), ("boost", boost)):
         if tensor is not None:
             check_tensor(name, tensor, 3, FLOATS)
-            _check_broadcast(name, tensor, axes)
+            check_broadcast(name, tensor, axes)
     if (groups is None) != (num_groups is None):
         raise ValueError(
             f"groups and num_groups go together, got groups={type(groups).__name__}, num_groups={num_groups!r}"
         )
     if groups is not None and num_groups is not None:
         check_tensor("groups", groups, 3, [torch.uint8])
-        _check_broadcast("groups", groups, axes)
+        check_broadcast("groups", groups, axes)
         check_range("num_groups", num_groups, 1, MAX_GROUPS)
     check_same("device", query=query, key_bias=key_bias, boost=boost, groups=groups)
     scale = head_dim**-0.5 if scale is None else float(scale)

@@ -91,3 +91,16 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, e
         normalisers.append(lse)
     output = torch.stack(outputs, 3).transpose(1, 2).to(query.dtype)
     return output.contiguous(), torch.stack(normalisers, 3).transpose(1, 2).contiguous()
+
+
+def probs(query: Tensor, key: Tensor, visibility: Visibility, edits: Edits, head_reduction: str) -> Tensor:
+    """The softmax [B, Nq, H, Nk], or [B, Nq, Nk] for head_reduction "max" or "mean" ("none": as it is)."""
+    p = softmax_parts(logits(query, key, visibility, edits))[0].transpose(1, 2)
+    if head_reduction == "none":
+        return p.contiguous()
+    return p.amax(2) if head_reduction == "max" else p.mean(2)
+
+
+def column_sums(query: Tensor, key: Tensor, visibility: Visibility, edits: Edits) -> Tensor:
+    """The softmax summed over all rows, [B, H, Nk]."""
+    return softmax_parts(logits(query, key, visibility, edits))[0].sum(2)

@@ -1,0 +1,27 @@
+"""Memory that a CPU path uses again and again within one call: fresh pages cost as much as the sums made in them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Named buffers of one dtype on the CPU."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A contiguous buffer of `shape`, the same memory at every request of one name; what it holds is left over."""
+        size = math.prod(shape)
+        if name not in self._kept or self._kept[name].numel() < size:
+            self._kept[name] = torch.empty(size, dtype=self.dtype)
+        return self._kept[name][:size].view(shape)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """The batched matrix product in a buffer."""
+        return torch.bmm(left, right, out=self.take(name, *left.shape[:2], right.shape[2]))

@@ -1,38 +1,59 @@
 """Bilinear reading in PyTorch operations, for the back ends that are made of them.
 
-A position p on an axis lies between the corners low = floor(p) and low + 1, at the fraction p - low. A reading is the sum
-over four corners, in the order (0, 0), (0, 1), (1, 0), (1, 1) of (down, across), of weight times what lies there; what
-lies outside the map is 0.
+A position p on an axis lies between the corners floor(p) and floor(p) + 1, at the fraction p - floor(p). A reading is the
+sum over four corners, in the order (0, 0), (0, 1), (1, 0), (1, 1) of (down, across), of weight times what lies there;
+what lies outside the map is 0.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+Pair = tuple[Tensor, Tensor]
 
-def corners(places: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The lower corners, whole numbers in -1 .. size in the dtype of the places, and the fractions; both [2, ...].
 
-    places: [2, ...], down and across. Beyond the map, at infinity too, a place becomes `size`, where both corners are
-    outside. Not-a-number stays in the fraction, and its corner is 0, so that any index made of corners is a valid one.
+class Axis(NamedTuple):
+    """The two corners of places on one axis."""
+
+    index: Pair  # always within the map: that of the nearest pixel for a corner outside
+    weight: Pair  # 0 for a corner outside
+    slope: Pair  # the weight's derivative by the place: -1 and 1, and 0 for a corner outside
+
+
+def axis(places: Tensor, size: int, integer: torch.dtype = torch.int64) -> Axis:
+    """The corners of `places` on an axis of `size`, indices in the dtype `integer`.
+
+    Both corners of a place that is infinite lie outside; not-a-number stays in the weights, and has an index all the
+    same.
     """
-    ends = places.new_tensor(size).view(2, *[1] * (places.ndim - 1))
-    places = torch.where(places < -1, ends, places)
-    places = torch.minimum(places, ends)
-    low = places.floor()
-    return low.nan_to_num(nan=0.0), places - low
+    places = places.clamp(-2, size)  # beyond the map by as much as makes both corners lie outside
+    floor = places.floor()
+    part = places.sub_(floor)
+    low = floor.nan_to_num_(nan=0.0).to(integer)
+    high = low + 1
+    first, second = low.clamp(0, size - 1), high.clamp(0, size - 1)
+    below, above = (first == low).to(part.dtype), (second == high).to(part.dtype)
+    return Axis((first, second), ((1 - part).mul_(below), part.mul(above)), (below.neg_(), above))
 
 
-def weights(part: Tensor) -> Tensor:
-    """The corners' weights [..., 4] from the fractions [2, ...]."""
-    down, across = torch.stack([1 - part, part], -1)
-    return (down[..., :, None] * across[..., None, :]).flatten(-2)
+def products(down: Pair, across: Pair) -> Tensor:
+    """What a pair per axis makes of the four corners: [..., 4]."""
+    return torch.stack([one * other for one in down for other in across], -1)
 
 
-def slopes(part: Tensor) -> tuple[Tensor, Tensor]:
+def sums(down: Pair, across: Pair) -> Tensor:
+    """The same with sums."""
+    return torch.stack([one + other for one in down for other in across], -1)
+
+
+def weights(down: Axis, across: Axis) -> Tensor:
+    """The corners' weights [..., 4]."""
+    return products(down.weight, across.weight)
+
+
+def slopes(down: Axis, across: Axis) -> Pair:
     """The weights' derivatives [..., 4] by the place down and by the place across."""
-    down, across = torch.stack([1 - part, part], -1)
-    sign = part.new_tensor([-1.0, 1.0])
-    by_down = (sign[:, None] * across[..., None, :]).flatten(-2)
-    return by_down, (down[..., :, None] * sign).flatten(-2)
+    return products(down.slope, across.weight), products(down.weight, across.slope)

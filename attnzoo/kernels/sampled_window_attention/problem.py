@@ -59,9 +59,11 @@ class Problem:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """A view of [B, H, W, heads, ...] as [B, windows down, windows across, heads, window height, width, ...]."""
-        down, across = self.windows
-        tensor = tensor.unflatten(2, (across, self.window_size[1])).unflatten(1, (down, self.window_size[0]))
+        """A view of [B, H, W, heads, ...] as [B, windows down, windows across, heads, window height, width, ...].
+
+        H and W may be those of a part of the map that is made of whole windows.
+        """
+        tensor = tensor.unflatten(2, (-1, self.window_size[1])).unflatten(1, (-1, self.window_size[0]))
         return tensor.movedim((3, 5), (2, 3))
 
 

@@ -27,11 +27,12 @@ def reasons(problem: Problem) -> list[str]:
 
 @dataclass(frozen=True)
 class Reading:
-    """Where the keys of some windows of one item lie: [..., 4] per key, the last axis being its corners."""
+    """Where the keys of some windows of one item lie, corner by corner: [..., 4] per key."""
 
-    part: Tensor  # fractions [2, ...]
-    row: Tensor  # row of the map [Hk * Wk * heads_kv], 0 outside
-    outside: Tensor
+    down: bilinear.Axis
+    across: bilinear.Axis
+    row: Tensor  # of the map [Hk * Wk * heads_kv]
+    outside: Tensor  # the corner is: a zero, whatever lies at its row
 
     def rows(self, flat: Tensor, weights: Tensor) -> Tensor:
         """Sums [..., dim] over the corners of weights [..., 4] times the rows of flat [Hk * Wk * heads_kv, dim]."""
@@ -46,7 +47,7 @@ class Reading:
 
         `index_add_`, which gives the same bits in every run where torch.use_deterministic_algorithms asks for it.
         """
-        weights = bilinear.weights(self.part)
+        weights = bilinear.weights(self.down, self.across)
         for corner in range(4):
             given = (gradient * weights[..., corner, None]).masked_fill_(self.outside[..., corner, None], 0.0)
             flat.index_add_(0, self.row[..., corner].flatten(), given.flatten(0, -2))
@@ -54,14 +55,11 @@ class Reading:
 
 def reading(positions: Tensor, problem: Problem) -> Reading:
     """The reading of positions [..., heads, K, 2] in the dtype of the computation."""
-    height, width = problem.key_grid
-    low, part = bilinear.corners(positions.movedim(-1, 0).contiguous(), problem.key_grid)
-    corner = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]], device=positions.device)
-    down, across = (low.long()[..., None] + corner.view(2, *[1] * (low.ndim - 1), 4)).unbind(0)
-    outside = (down < 0) | (down >= height) | (across < 0) | (across >= width)
+    down, across = (bilinear.axis(positions[..., i], problem.key_grid[i]) for i in range(2))
     head = torch.arange(problem.num_heads, device=positions.device) // problem.group
-    row = (down * width + across) * problem.num_heads_kv + head[:, None, None]
-    return Reading(part, row.masked_fill(outside, 0), outside)
+    lines = tuple(index * problem.key_grid[1] for index in down.index)
+    row = bilinear.sums(lines, across.index) * problem.num_heads_kv + head[:, None, None]
+    return Reading(down, across, row, bilinear.products(down.slope, across.slope) == 0)
 
 
 class _Item:
@@ -102,7 +100,7 @@ def forward(
         one = _Item(problem, item, query, key, value, positions)
         made, totals = [], []
         for part, at in one.chunks():
-            weights = bilinear.weights(at.part)
+            weights = bilinear.weights(at.down, at.across)
             logits = one.logits(part, at.rows(one.keys, weights), bias)
             total = logits.logsumexp(-1)
             p = torch.exp(logits - total.masked_fill(total == -math.inf, 0.0)[..., None])
@@ -145,7 +143,7 @@ def backward(
         grads, total, delta = (one.windows(t) for t in (grad_out, safe_lse[..., None], shift[..., None]))
         by_query, by_place = [], []
         for part, at in one.chunks():
-            weights = bilinear.weights(at.part)
+            weights = bilinear.weights(at.down, at.across)
             keys, values = at.rows(one.keys, weights), at.rows(one.values, weights)
             p = torch.exp(one.logits(part, keys, bias) - total[part])
             d_logits = p * (grads[part] @ values.transpose(-1, -2) - delta[part])
@@ -161,7 +159,7 @@ def backward(
             if grad_positions is not None:
                 sums = [
                     (d_keys * at.rows(one.keys, slope)).sum(-1) + (d_values * at.rows(one.values, slope)).sum(-1)
-                    for slope in bilinear.slopes(at.part)
+                    for slope in bilinear.slopes(at.down, at.across)
                 ]
                 by_place.append(torch.stack(sums, -1))
         for whole, parts in ((grad_query, by_query), (grad_positions, by_place)):

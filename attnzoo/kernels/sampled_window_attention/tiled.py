@@ -1,30 +1,32 @@
 """The CPU path: keys and values are read by one fused gather, and windows go through in chunks that stay in the cache.
 
-Key and value are packed side by side into rows [head_dim + head_dim_v] of a table, an item of the batch (or several
-small ones) at a time, with a border of zeros around each map, so that no corner needs a mask. A reading is then the sum
-of four weighted rows, which is what F.embedding_bag does in one pass; its transpose, the gradient, is a sum of weighted
-sampled gradients per row, embedding_bag again with the readings sorted by row: no atomics, the same bits in every run.
+Key and value maps are rows [Hk * Wk * heads_kv, dim], as they lie in memory or, where their strides or dtype don't let
+them, in a copy, an item of the batch (or several small ones) at a time. A reading is a sum of four weighted rows, which
+is what F.embedding_bag does in one pass; its transpose, the gradient, is a sum of weighted sampled gradients per row,
+embedding_bag again with the readings sorted by row: the same bits in every run. A corner outside the map is some row
+inside it with the weight 0: where a key or value is not finite, and 0 times it no zero, the reference serves the call.
 
-Memory beside the results, in elements of the computation's dtype: the table, the group's queries and outputs, _LOGITS
-logits and their chunk's sampled keys and values (of one window at least); in the backward pass also the gradients of the
-group's sampled keys and values, and 5 numbers per reading and corner.
+Memory beside the results, in elements of the computation's dtype: that copy; a chunk's queries, outputs, sampled keys
+and values and at most _LOGITS logits (a row of one window where that is more); in the backward pass also the gradients of
+all sampled keys and values of the items, and those of their maps, and some numbers per reading and corner.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.kernels.sampled_window_attention import bilinear
+from attnzoo.kernels.sampled_window_attention import bilinear, reference
 from attnzoo.kernels.sampled_window_attention.problem import Problem
-from attnzoo.kernels.scratch import Scratch
+from attnzoo.kernels.tiled_shared import Scratch
 
 _LOGITS = 1 << 18  # logits at once: 1 MB, and the buffers of a chunk together fit a core's cache
-_TABLE = 1 << 19  # elements of a table that several small items share
+_MAPS = 1 << 18  # elements of the key maps that several small items may have to go through together
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -32,165 +34,169 @@ def reasons(problem: Problem) -> list[str]:
     return []
 
 
+class _Chunk(NamedTuple):
+    """Some windows: whole items, or rows of windows of one item, or some windows of one row."""
+
+    items: slice
+    down: slice
+    across: slice
+
+
+class _Located(NamedTuple):
+    """Where a chunk reads: rows of the maps [readings, 4], and the corners of each axis."""
+
+    rows: Tensor
+    down: bilinear.Axis
+    across: bilinear.Axis
+
+
 class _Group:
-    """Some items of a call: their windows [items * windows, heads, area, dim], and the table of their keys and values.
+    """Some items of a call; windows are [windows, heads, area, dim], sampled keys [windows * heads, K, dim]."""
 
-    A map of height x width is (height + 3) x (width + 2) cells of heads_kv rows in the table, itself at (1, 1), and one
-    cell more: the corners of every place in -1 .. size lie in it, some of them in the next line's first cell, a zero.
-    """
-
-    def __init__(self, problem: Problem, first: int, last: int, scratch: Scratch) -> None:
-        self.problem, self.items, self.scratch = problem, slice(first, last), scratch
-        self.num_items, self.num_units = last - first, (last - first) * problem.num_windows
-        height, width = problem.key_grid
-        self.padded = (height + 3, width + 2)
-        self.rows_per_item = cells(problem) * problem.num_heads_kv
-        self.num_rows = self.num_items * self.rows_per_item
-        readings = 4 * self.num_units * problem.num_heads * problem.num_samples
-        self.integer = torch.int32 if max(self.num_rows, readings) < 2**31 else torch.int64
-        heads, line = problem.num_heads_kv, self.padded[1] * problem.num_heads_kv
-        self.to_corner = torch.tensor([0, heads, line, line + heads], dtype=self.integer)
-        origin = torch.arange(self.num_items, dtype=self.integer).repeat_interleave(problem.num_windows)
+    def __init__(self, problem: Problem, items: slice, scratch: Scratch) -> None:
+        self.problem, self.items, self.scratch = problem, items, scratch
+        num_items, item_rows = items.stop - items.start, math.prod(problem.key_grid) * problem.num_heads_kv
+        self.num_rows = num_items * item_rows
+        self.num_readings = num_items * problem.num_windows * problem.num_heads * problem.num_samples
+        self.integer = torch.int32 if max(self.num_rows, 4 * self.num_readings) < 2**31 else torch.int64
+        origin = torch.arange(num_items, dtype=self.integer) * item_rows
         head = torch.arange(problem.num_heads, dtype=self.integer) // problem.group
-        self.origin = (origin * self.rows_per_item + line + heads)[:, None, None] + head[:, None]
+        self.origin = origin[:, None, None, None, None] + head[:, None]
 
-    def table(self, key: Tensor, value: Tensor) -> Tensor:
-        """The rows [num_rows, head_dim + head_dim_v]."""
+    def rows(self, name: str, tensor: Tensor) -> Tensor:
+        """This group's maps of [B, Hk, Wk, heads_kv, dim] as [num_rows, dim]: itself, or a copy in a buffer."""
+        part = tensor[self.items]
+        if part.dtype != self.scratch.dtype or not part.is_contiguous():
+            part = self.scratch.take(name, *part.shape).copy_(part)
+        return part.view(self.num_rows, part.shape[-1])
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """All windows of the group, in order."""
+        p, (down, across) = self.problem, self.problem.windows
+        windows = max(1, _LOGITS // (p.num_heads * p.area * p.num_samples))
+        steps = (max(1, windows // p.num_windows), max(1, windows // across), windows)
+        for items in _ranges(self.items.start, self.items.stop, steps[0]):
+            for rows in _ranges(0, down, steps[1]):
+                for columns in _ranges(0, across, steps[2]):
+                    yield _Chunk(items, rows, columns)
+
+    def view(self, tensor: Tensor, chunk: _Chunk) -> Tensor:
+        """A chunk of [B, H, W, heads, dim] as a view [items, down, across, heads, window height, width, dim]."""
+        height, width = self.problem.window_size
+        down = slice(chunk.down.start * height, chunk.down.stop * height)
+        across = slice(chunk.across.start * width, chunk.across.stop * width)
+        return self.problem.cut(tensor[chunk.items, down, across])
+
+    def windows(self, name: str, tensor: Tensor, chunk: _Chunk) -> Tensor:
+        """A chunk of [B, H, W, heads, dim] as [windows, heads, area, dim], in a buffer."""
+        view = self.view(tensor, chunk)
+        copy = self.scratch.take(name, *view.shape).copy_(view)
+        return copy.view(-1, self.problem.num_heads, self.problem.area, view.shape[-1])
+
+    def locate(self, positions: Tensor, chunk: _Chunk) -> _Located:
+        """What a chunk reads."""
         p = self.problem
-        rows = self.scratch.take("table", self.num_rows, p.head_dim + p.head_dim_v)
-        by_item = rows.view(self.num_items, self.rows_per_item, -1)
-        by_item[:, -p.num_heads_kv :] = 0.0
-        maps = by_item[:, : -p.num_heads_kv].view(self.num_items, *self.padded, p.num_heads_kv, -1)
-        maps[:, :1], maps[:, -2:], maps[:, :, :1], maps[:, :, -1:] = 0.0, 0.0, 0.0, 0.0
-        inner = maps[:, 1:-2, 1:-1]
-        inner[..., : p.head_dim].copy_(key[self.items])
-        inner[..., p.head_dim :].copy_(value[self.items])
-        return rows
+        places = positions[chunk].to(self.scratch.dtype)
+        down, across = (bilinear.axis(places[..., i], p.key_grid[i], self.integer) for i in range(2))
+        origin = self.origin[chunk.items.start - self.items.start : chunk.items.stop - self.items.start]
+        lines, places = (
+            (pair[0].mul(step).add_(first), pair[1].mul(step).add_(first))
+            for pair, step, first in ((down.index, p.key_grid[1] * p.num_heads_kv, origin), (across.index, p.num_heads_kv, 0))
+        )
+        return _Located(bilinear.sums(lines, places).view(-1, 4), down, across)
 
-    def unpack(self, rows: Tensor, key: Tensor | None, value: Tensor | None) -> None:
-        """Write the inside of a table's rows to this group's items of key and of value."""
-        p = self.problem
-        by_item = rows.view(self.num_items, self.rows_per_item, -1)[:, : -p.num_heads_kv]
-        inner = by_item.view(self.num_items, *self.padded, p.num_heads_kv, -1)[:, 1:-2, 1:-1]
-        if key is not None:
-            key[self.items] = inner[..., : p.head_dim]
-        if value is not None:
-            value[self.items] = inner[..., p.head_dim :]
+    def read(self, maps: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        """Sampled rows [windows * heads, K, dim] of maps [num_rows, dim] by weights [..., 4]."""
+        taken = F.embedding_bag(rows, maps, mode="sum", per_sample_weights=weights.view(-1, 4))
+        return taken.view(-1, self.problem.num_samples, maps.shape[1])
 
-    def windows(self, name: str, tensor: Tensor, scale: float = 1.0) -> Tensor:
-        """This group of [B, H, W, heads, dim] as [units, heads, area, dim], a copy times scale."""
-        cut = self.problem.cut(tensor[self.items])
-        copy = self.scratch.take(name, *cut.shape)
-        copy.copy_(cut)
-        if scale != 1.0:
-            copy.mul_(scale)
-        return copy.view(self.num_units, self.problem.num_heads, self.problem.area, -1)
+    def spread(self, rows: Tensor, weights: Tensor, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """The transpose of `read`: what readings [n, 4] of gradients [n, dim] give to each row, [num_rows, dim]."""
+        rows = rows.masked_fill(weights == 0.0, self.num_rows)  # outside: a gradient that is not finite stays away
+        ordered, order = rows.flatten().sort(stable=True)
+        count = torch.bincount(ordered, minlength=self.num_rows + 1)
+        starts = (count.cumsum(0) - count).to(self.integer)
+        taken, source = weights.flatten()[order], order.to(self.integer) >> 2
+        return [
+            None if g is None else F.embedding_bag(source, g, starts, mode="sum", per_sample_weights=taken)[:-1]
+            for g in gradients
+        ]
 
-    def put(self, made: Tensor, whole: Tensor) -> None:
-        """The inverse of `windows`."""
-        goal = self.problem.cut(whole[self.items])
-        goal.copy_(made.view(goal.shape))
-
-    def places(self, positions: Tensor) -> Tensor:
-        """This group's positions as [2, units, heads, K], a copy."""
-        planes = positions[self.items].movedim(-1, 0)
-        copy = self.scratch.take("places", *planes.shape)
-        return copy.copy_(planes).view(2, self.num_units, self.problem.num_heads, -1)
-
-    def chunks(self) -> Iterator[slice]:
-        """Ranges of units."""
-        p = self.problem
-        step = max(1, _LOGITS // (p.num_heads * p.area * p.num_samples))
-        for first in range(0, self.num_units, step):
-            yield slice(first, min(first + step, self.num_units))
-
-    def row_blocks(self) -> list[slice]:
+    def blocks(self) -> list[slice]:
         """Ranges of a window's queries: one range of all, but where a single window has too many logits."""
         p = self.problem
-        step = max(1, _LOGITS // (p.num_heads * p.num_samples))
-        return [slice(first, min(first + step, p.area)) for first in range(0, p.area, step)]
-
-    def locate(self, places: Tensor, units: slice) -> tuple[Tensor, Tensor]:
-        """The rows [readings, 4] of the table that a chunk reads, and its fractions [2, units, heads, K]."""
-        low, part = bilinear.corners(places[:, units], self.problem.key_grid)
-        down, across = low.to(self.integer)
-        row = down.mul_(self.padded[1]).add_(across).mul_(self.problem.num_heads_kv).add_(self.origin[units])
-        return (row[..., None] + self.to_corner).view(-1, 4), part
-
-    def read(self, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-        """Sampled keys and values [units * heads, K, head_dim + head_dim_v]."""
-        taken = F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.view(-1, 4))
-        return taken.view(-1, self.problem.num_samples, table.shape[1])
+        return list(_ranges(0, p.area, max(1, _LOGITS // (p.num_heads * p.num_samples))))
 
     def logits(self, queries: Tensor, keys: Tensor, bias: Tensor | None, block: slice) -> Tensor:
-        """[units * heads, rows, K] of queries [units * heads, rows, head_dim], already scaled, in a buffer."""
-        if bias is None:
-            return self.scratch.product("logits", queries, keys.transpose(1, 2))
+        """[windows * heads, rows, K] of queries [windows * heads, rows, head_dim], in a buffer."""
         made = self.scratch.take("logits", *queries.shape[:2], keys.shape[1])
-        made.view(-1, self.problem.num_heads, *made.shape[1:]).copy_(bias[:, block])
-        return torch.baddbmm(made, queries, keys.transpose(1, 2), out=made)
+        if bias is not None:
+            made.view(-1, self.problem.num_heads, *made.shape[1:]).copy_(bias[:, block])
+        beta, alpha = int(bias is not None), self.problem.scale
+        return torch.baddbmm(made, queries, keys.transpose(1, 2), beta=beta, alpha=alpha, out=made)
 
 
-def cells(problem: Problem) -> int:
-    """Cells of one padded map in a table."""
-    return (problem.key_grid[0] + 3) * (problem.key_grid[1] + 2) + 1
+def _ranges(start: int, stop: int, step: int) -> Iterator[slice]:
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 def _groups(problem: Problem) -> Iterator[_Group]:
-    """All items, as many at a time as share a table."""
-    per_item = cells(problem) * problem.num_heads_kv * (problem.head_dim + problem.head_dim_v)
-    step, scratch = max(1, _TABLE // per_item), Scratch(problem.compute_dtype)
-    for first in range(0, problem.batch, step):
-        yield _Group(problem, first, min(first + step, problem.batch), scratch)
+    """All items, one at a time or several small ones together."""
+    per_item = math.prod(problem.key_grid) * problem.num_heads_kv * problem.head_dim
+    scratch = Scratch(problem.compute_dtype)
+    for items in _ranges(0, problem.batch, max(1, _MAPS // per_item)):
+        yield _Group(problem, items, scratch)
 
 
-def _flat(windows: Tensor, units: slice, block: slice) -> Tensor:
-    """[units, heads, area, dim] as [units * heads, rows, dim] of a chunk."""
-    return windows[units, :, block].flatten(0, 1)
+def _finite(*tensors: Tensor) -> bool:
+    """Whether the tensors are; at worst no, for finite ones with a sum that is not."""
+    return all(math.isfinite(t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)) for t in tensors)
+
+
+def _set(windows: Tensor, block: slice, made: Tensor) -> None:
+    """Write [windows * heads, rows, dim] to [windows, heads, area, dim]."""
+    windows[:, :, block] = made.view(-1, windows.shape[1], *made.shape[1:])
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, positions: Tensor, bias: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, W, heads, head_dim_v] in the query's dtype and lse [B, H, W, heads] in the computation's."""
-    dtype, dim = problem.compute_dtype, problem.head_dim
+    if not _finite(key, value):
+        return reference.forward(query, key, value, positions, bias, problem)
+    dtype = problem.compute_dtype
     out = query.new_empty((*query.shape[:4], problem.head_dim_v))
-    lse = query.new_empty(query.shape[:4], dtype=dtype)
+    lse = query.new_empty((*query.shape[:4], 1), dtype=dtype)
     added = None if bias is None else bias.to(dtype)
+    holes = added is not None and bool((added == -math.inf).any())  # then a query may be without keys
     for group in _groups(problem):
-        table, places = group.table(key, value), group.places(positions)
-        queries = group.windows("query", query, problem.scale)
-        made = group.scratch.take("out", *queries.shape[:3], problem.head_dim_v)
-        totals = group.scratch.take("lse", *queries.shape[:3], 1)
-        blocks = group.row_blocks()
-        for units in group.chunks():
-            rows, part = group.locate(places, units)
-            taken = group.read(table, rows, bilinear.weights(part))
+        key_rows, value_rows, blocks = group.rows("key", key), group.rows("value", value), group.blocks()
+        for chunk in group.chunks():
+            queries, at = group.windows("query", query, chunk), group.locate(positions, chunk)
+            by_corner = bilinear.weights(at.down, at.across)
+            keys, values = (group.read(maps, at.rows, by_corner) for maps in (key_rows, value_rows))
+            made = group.scratch.take("out", *queries.shape[:3], problem.head_dim_v)
+            totals, tops = (group.scratch.take(name, *queries.shape[:3], 1) for name in ("total", "top"))
             for block in blocks:
-                weights = group.logits(_flat(queries, units, block), taken[..., :dim], added, block)
-                highest = weights.amax(-1, keepdim=True)
-                if bias is not None:
-                    highest.masked_fill_(highest == -math.inf, 0.0)
-                total = weights.sub_(highest).exp_().sum(-1, keepdim=True)
-                product = group.scratch.product("product", weights, taken[..., dim:])
-                # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
-                product.div_(total if bias is None else total.masked_fill(total == 0.0, 1.0))
-                made[units, :, block] = product.view(-1, problem.num_heads, *product.shape[1:])
-                total.log_().add_(highest)
-                totals[units, :, block] = total.view(-1, problem.num_heads, *total.shape[1:])
-        group.put(made, out)
-        group.put(totals, lse)
-    return out, lse
-
-
-def _spread(group: _Group, rows: Tensor, weights: Tensor, gradients: Tensor) -> Tensor:
-    """The transpose of `read`: [num_rows, dim], what all readings [n, 4] of gradients [n, dim] give to each row."""
-    ordered, order = rows.flatten().sort(stable=True)
-    count = torch.bincount(ordered, minlength=group.num_rows)
-    starts = (count.cumsum(0) - count).to(group.integer)
-    return F.embedding_bag(
-        order.to(group.integer) // 4, gradients, starts, mode="sum", per_sample_weights=weights.flatten()[order]
-    )
+                weights = group.logits(queries[:, :, block].flatten(0, 1), keys, added, block)
+                top = weights.amax(-1, keepdim=True)
+                if holes:
+                    top.masked_fill_(top == -math.inf, 0.0)
+                weights.sub_(top).exp_()
+                _set(tops, block, top)
+                _set(totals, block, weights.sum(-1, keepdim=True))
+                if len(blocks) == 1:
+                    torch.bmm(weights, values, out=made.flatten(0, 1))
+                else:
+                    _set(made, block, group.scratch.product("product", weights, values))
+            goal = group.view(out, chunk)
+            # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
+            divisor = totals.masked_fill(totals == 0.0, 1.0) if holes else totals
+            torch.div(made.view(goal.shape), divisor.view(*goal.shape[:-1], 1), out=goal)
+            goal = group.view(lse, chunk)
+            torch.add(totals.log_().view(goal.shape), tops.view(goal.shape), out=goal)
+    return out, lse.squeeze(-1)
 
 
 def backward(
@@ -210,67 +216,70 @@ def backward(
 
     The formulas are the reference's.
     """
-    dtype, dim, width = problem.compute_dtype, problem.head_dim, problem.head_dim + problem.head_dim_v
+    if not _finite(key, value):
+        return reference.backward(
+            grad_out, grad_lse, query, key, value, positions, bias, out, lse, problem, needs
+        )
+    dtype, heads = problem.compute_dtype, problem.num_heads
     given = (query, key, value, positions, bias)
     found = [t.new_empty(t.shape) if t is not None and needed else None for t, needed in zip(given, needs)]
     grad_query, grad_key, grad_value, grad_positions, _ = found
-    sampled, heads = any(needs[1:4]), problem.num_heads
     added = None if bias is None else bias.to(dtype)
     grad_bias = None if added is None or not needs[4] else torch.zeros_like(added)
     shift = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
     if grad_lse is not None:
         shift.sub_(grad_lse[..., None])
     # a query without keys has weights exp(logit - inf) = 0
-    total = lse if bias is None else lse.masked_fill(lse == -math.inf, math.inf)
+    total = (lse if bias is None else lse.masked_fill(lse == -math.inf, math.inf))[..., None]
     for group in _groups(problem):
-        table, places, take = group.table(key, value), group.places(positions), group.scratch.take
-        queries, grads = group.windows("query", query, problem.scale), group.windows("grad_out", grad_out)
-        totals, shifts = group.windows("lse", total[..., None]), group.windows("shift", shift)
-        d_queries = take("d_query", *queries.shape) if needs[0] else None
-        readings = (group.num_units, heads, problem.num_samples)
-        d_taken = take("d_taken", *readings, width) if sampled else None
-        d_places = take("d_places", 2, *readings) if needs[3] else None
-        all_rows, all_weights = [], []
-        for units in group.chunks():
-            rows, part = group.locate(places, units)
-            weights = bilinear.weights(part)
-            taken = group.read(table, rows, weights)
-            blocks = group.row_blocks()
+        key_rows, value_rows, blocks = group.rows("key", key), group.rows("value", value), group.blocks()
+        located: list[tuple[Tensor, Tensor]] = []
+        d_keys, d_values = (
+            group.scratch.take(name, group.num_readings, dim) if needed or needs[3] else None
+            for name, dim, needed in (("d_key", problem.head_dim, needs[1]), ("d_value", problem.head_dim_v, needs[2]))
+        )
+        done = 0
+        for chunk in group.chunks():
+            queries, grads = group.windows("query", query, chunk), group.windows("grad_out", grad_out, chunk)
+            totals, shifts = group.windows("total", total, chunk), group.windows("shift", shift, chunk)
+            at = group.locate(positions, chunk)
+            by_corner = bilinear.weights(at.down, at.across)
+            keys, values = (group.read(maps, at.rows, by_corner) for maps in (key_rows, value_rows))
+            d_queries = group.scratch.take("d_query", *queries.shape)
+            own, done = slice(done, done + len(at.rows)), done + len(at.rows)
+            d_chunk = [None if d is None else d[own].view(t.shape) for d, t in ((d_keys, keys), (d_values, values))]
             for block in blocks:
-                flat = _flat(queries, units, block)
-                p = group.logits(flat, taken[..., :dim], added, block)
-                p.sub_(_flat(totals, units, block)).exp_()
-                given_rows = _flat(grads, units, block)
-                d_logits = group.scratch.product("d_logits", given_rows, taken[..., dim:].transpose(1, 2))
-                d_logits.sub_(_flat(shifts, units, block)).mul_(p)
+                rows, given_rows, row_totals, row_shifts = (
+                    t[:, :, block].flatten(0, 1) for t in (queries, grads, totals, shifts)
+                )
+                p = group.logits(rows, keys, added, block).sub_(row_totals).exp_()
+                d_logits = group.scratch.product("d_logits", given_rows, values.transpose(1, 2))
+                d_logits.sub_(row_shifts).mul_(p)
                 if grad_bias is not None:
                     grad_bias[:, block] += d_logits.view(-1, heads, *d_logits.shape[1:]).sum(0)
-                if d_queries is not None:
-                    made = group.scratch.product("product", d_logits, taken[..., :dim]).mul_(problem.scale)
-                    d_queries[units, :, block] = made.view(-1, heads, *made.shape[1:])
-                if d_taken is None:
-                    continue
-                for columns, left, right in ((slice(dim), d_logits, flat), (slice(dim, width), p, given_rows)):
-                    made = group.scratch.product("product", left.transpose(1, 2), right)
-                    goal = d_taken[units, ..., columns]
-                    made = made.view(goal.shape)
-                    if block.start:
-                        goal.add_(made)
-                    else:
-                        goal.copy_(made)
-            if d_places is not None and d_taken is not None:
-                own = d_taken[units].flatten(0, 1)
-                for axis, slope in enumerate(bilinear.slopes(part)):
-                    d_places[axis, units] = group.read(table, rows, slope).mul_(own).sum(-1).view(-1, *readings[1:])
+                if len(blocks) == 1:
+                    torch.bmm(d_logits, keys, out=d_queries.flatten(0, 1))
+                elif grad_query is not None:
+                    _set(d_queries, block, group.scratch.product("product", d_logits, keys))
+                for d, left, right, factor in ((d_chunk[0], d_logits, rows, problem.scale), (d_chunk[1], p, given_rows, 1)):
+                    if d is not None:
+                        torch.baddbmm(d, left.transpose(1, 2), right, beta=int(block.start > 0), alpha=factor, out=d)
+            if grad_query is not None:
+                goal = group.view(grad_query, chunk)
+                torch.mul(d_queries.view(goal.shape), problem.scale, out=goal)
+            if grad_positions is not None:
+                goal = grad_positions[chunk]
+                for axis, slope in enumerate(bilinear.slopes(at.down, at.across)):
+                    goal[..., axis] = sum(
+                        group.read(maps, at.rows, slope).mul_(d).sum(-1).view(goal.shape[:-1])
+                        for maps, d in ((key_rows, d_chunk[0]), (value_rows, d_chunk[1]))
+                    )
             if needs[1] or needs[2]:
-                all_rows.append(rows)
-                all_weights.append(weights.view(-1, 4))
-        if d_queries is not None and grad_query is not None:
-            group.put(d_queries, grad_query)
-        if d_places is not None and grad_positions is not None:
-            goal = grad_positions[group.items]
-            goal.copy_(d_places.movedim(0, -1).view(goal.shape))
-        if d_taken is not None and all_rows:
-            spread = _spread(group, torch.cat(all_rows), torch.cat(all_weights), d_taken.view(-1, width))
-            group.unpack(spread, grad_key, grad_value)
+                located.append((at.rows, by_corner.view(-1, 4)))
+        if located:
+            all_rows, all_weights = (torch.cat(parts) for parts in zip(*located))
+            gradients = [d if needed else None for d, needed in zip((d_keys, d_values), needs[1:3])]
+            for goal, made in zip((grad_key, grad_value), group.spread(all_rows, all_weights, gradients)):
+                if goal is not None and made is not None:
+                    goal[group.items] = made.view(goal[group.items].shape)
     return [*found[:4], None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)]

@@ -1,4 +1,4 @@
-"""Memory that a CPU path uses again and again within one call: fresh pages cost as much as the sums made in them."""
+"""What the CPU paths of operations share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """Named buffers of one dtype on the CPU."""
+    """Named buffers of one dtype, for one call: fresh pages cost as much as the sums that are made in them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -25,3 +25,4 @@ class Scratch:
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """The batched matrix product in a buffer."""
         return torch.bmm(left, right, out=self.take(name, *left.shape[:2], right.shape[2]))
+

@@ -26,3 +26,16 @@ class Scratch:
         """The batched matrix product in a buffer."""
         return torch.bmm(left, right, out=self.take(name, *left.shape[:2], right.shape[2]))
 
+
+_SAFE = 40.0  # e ** +-40: the sum of any number of such weights, and each of them, is well within float32
+
+
+def bounded(scale: float, query: Tensor, key: Tensor, highest: float) -> bool:
+    """Whether lengths alone show every logit to be so small that the softmax needs no maximum.
+
+    query, key: [..., head_dim], whichever are paired. highest: what is added to a logit is at most that, in size.
+    """
+    if not highest <= _SAFE:
+        return False
+    longest = [float(torch.linalg.vector_norm(tensor, dim=-1).amax()) for tensor in (query, key)]
+    return abs(scale) * longest[0] * longest[1] + highest <= _SAFE

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from attnzoo.kernels.sampled_window_attention import bilinear, reference
 from attnzoo.kernels.sampled_window_attention.problem import Problem
-from attnzoo.kernels.tiled_shared import Scratch
+from attnzoo.kernels.tiled_shared import Scratch, bounded
 
-_LOGITS = 1 << 18  # logits at once: 1 MB, and the buffers of a chunk together fit a core's cache
+_LOGITS = 1 << 18  # logits at once: 1 MB, and a chunk's buffers together fit a core's cache
 _MAPS = 1 << 18  # elements of the key maps that several small items may have to go through together
 
 
@@ -59,8 +59,11 @@ class _Group:
         self.num_rows = num_items * item_rows
         self.num_readings = num_items * problem.num_windows * problem.num_heads * problem.num_samples
         self.integer = torch.int32 if max(self.num_rows, 4 * self.num_readings) < 2**31 else torch.int64
-        origin = torch.arange(num_items, dtype=self.integer) * item_rows
-        head = torch.arange(problem.num_heads, dtype=self.integer) // problem.group
+        # indices are made as floating-point numbers, which hold these whole ones exactly, and converted at last
+        exact = 2**24 if problem.compute_dtype == torch.float32 else 2**53
+        self.number = problem.compute_dtype if self.num_rows < exact else torch.float64
+        origin = torch.arange(num_items, dtype=self.number) * item_rows
+        head = torch.arange(problem.num_heads) // problem.group
         self.origin = origin[:, None, None, None, None] + head[:, None]
 
     def rows(self, name: str, tensor: Tensor) -> Tensor:
@@ -97,13 +100,11 @@ class _Group:
         """What a chunk reads."""
         p = self.problem
         places = positions[chunk].to(self.scratch.dtype)
-        down, across = (bilinear.axis(places[..., i], p.key_grid[i], self.integer) for i in range(2))
+        down, across = (bilinear.axis(places[..., i], p.key_grid[i]) for i in range(2))
         origin = self.origin[chunk.items.start - self.items.start : chunk.items.stop - self.items.start]
-        lines, places = (
-            (pair[0].mul(step).add_(first), pair[1].mul(step).add_(first))
-            for pair, step, first in ((down.index, p.key_grid[1] * p.num_heads_kv, origin), (across.index, p.num_heads_kv, 0))
-        )
-        return _Located(bilinear.sums(lines, places).view(-1, 4), down, across)
+        lines = tuple(index.to(self.number).mul(p.key_grid[1] * p.num_heads_kv).add_(origin) for index in down.index)
+        cells = tuple(index.to(self.number).mul(p.num_heads_kv) for index in across.index)
+        return _Located(bilinear.corners(lines, cells, torch.add).to(self.integer).view(-1, 4), down, across)
 
     def read(self, maps: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """Sampled rows [windows * heads, K, dim] of maps [num_rows, dim] by weights [..., 4]."""
@@ -169,7 +170,8 @@ def forward(
     out = query.new_empty((*query.shape[:4], problem.head_dim_v))
     lse = query.new_empty((*query.shape[:4], 1), dtype=dtype)
     added = None if bias is None else bias.to(dtype)
-    holes = added is not None and bool((added == -math.inf).any())  # then a query may be without keys
+    lowest, highest = (0.0, 0.0) if added is None else (float(end) for end in added.aminmax())
+    holes = lowest == -math.inf  # then a query may be without keys
     for group in _groups(problem):
         key_rows, value_rows, blocks = group.rows("key", key), group.rows("value", value), group.blocks()
         for chunk in group.chunks():
@@ -178,13 +180,16 @@ def forward(
             keys, values = (group.read(maps, at.rows, by_corner) for maps in (key_rows, value_rows))
             made = group.scratch.take("out", *queries.shape[:3], problem.head_dim_v)
             totals, tops = (group.scratch.take(name, *queries.shape[:3], 1) for name in ("total", "top"))
+            small = bounded(problem.scale, queries, keys, max(abs(lowest), abs(highest)))
             for block in blocks:
                 weights = group.logits(queries[:, :, block].flatten(0, 1), keys, added, block)
-                top = weights.amax(-1, keepdim=True)
-                if holes:
-                    top.masked_fill_(top == -math.inf, 0.0)
-                weights.sub_(top).exp_()
-                _set(tops, block, top)
+                if not small:
+                    top = weights.amax(-1, keepdim=True)
+                    if holes:
+                        top.masked_fill_(top == -math.inf, 0.0)
+                    weights.sub_(top)
+                    _set(tops, block, top)
+                weights.exp_()
                 _set(totals, block, weights.sum(-1, keepdim=True))
                 if len(blocks) == 1:
                     torch.bmm(weights, values, out=made.flatten(0, 1))
@@ -195,7 +200,8 @@ def forward(
             divisor = totals.masked_fill(totals == 0.0, 1.0) if holes else totals
             torch.div(made.view(goal.shape), divisor.view(*goal.shape[:-1], 1), out=goal)
             goal = group.view(lse, chunk)
-            torch.add(totals.log_().view(goal.shape), tops.view(goal.shape), out=goal)
+            logs = totals.log_() if small else totals.log_().add_(tops)
+            goal.copy_(logs.view(goal.shape))
     return out, lse.squeeze(-1)
 
 
@@ -281,5 +287,5 @@ def backward(
             gradients = [d if needed else None for d, needed in zip((d_keys, d_values), needs[1:3])]
             for goal, made in zip((grad_key, grad_value), group.spread(all_rows, all_weights, gradients)):
                 if goal is not None and made is not None:
-                    goal[group.items] = made.view(goal[group.items].shape)
+                    goal[group.items] = made.view(-1, *goal.shape[1:])
     return [*found[:4], None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)]

@@ -58,7 +58,10 @@ def reading(positions: Tensor, problem: Problem) -> Reading:
     down, across = (bilinear.axis(positions[..., i], problem.key_grid[i]) for i in range(2))
     head = torch.arange(problem.num_heads, device=positions.device) // problem.group
     lines = tuple(index.long() * problem.key_grid[1] for index in down.index)
-    row = bilinear.corners(lines, tuple(index.long() for index in across.index), torch.add) * problem.num_heads_kv + head[:, None, None]
+    row = (
+        bilinear.corners(lines, tuple(index.long() for index in across.index), torch.add) * problem.num_heads_kv
+        + head[:, None, None]
+    )
     return Reading(down, across, row, bilinear.corners(down.inside, across.inside) == 0)
 
 

@@ -152,7 +152,9 @@ def _groups(problem: Problem) -> Iterator[_Group]:
 
 def _finite(*tensors: Tensor) -> bool:
     """Whether the tensors are; at worst no, for finite ones with a sum that is not."""
-    return all(math.isfinite(t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)) for t in tensors)
+    return all(
+        math.isfinite(t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)) for t in tensors
+    )
 
 
 def _set(windows: Tensor, block: slice, made: Tensor) -> None:
@@ -223,9 +225,7 @@ def backward(
     The formulas are the reference's.
     """
     if not _finite(key, value):
-        return reference.backward(
-            grad_out, grad_lse, query, key, value, positions, bias, out, lse, problem, needs
-        )
+        return reference.backward(grad_out, grad_lse, query, key, value, positions, bias, out, lse, problem, needs)
     dtype, heads = problem.compute_dtype, problem.num_heads
     given = (query, key, value, positions, bias)
     found = [t.new_empty(t.shape) if t is not None and needed else None for t, needed in zip(given, needs)]
@@ -267,7 +267,10 @@ def backward(
                     torch.bmm(d_logits, keys, out=d_queries.flatten(0, 1))
                 elif grad_query is not None:
                     _set(d_queries, block, group.scratch.product("product", d_logits, keys))
-                for d, left, right, factor in ((d_chunk[0], d_logits, rows, problem.scale), (d_chunk[1], p, given_rows, 1)):
+                for d, left, right, factor in (
+                    (d_chunk[0], d_logits, rows, problem.scale),
+                    (d_chunk[1], p, given_rows, 1),
+                ):
                     if d is not None:
                         torch.baddbmm(d, left.transpose(1, 2), right, beta=int(block.start > 0), alpha=factor, out=d)
             if grad_query is not None:

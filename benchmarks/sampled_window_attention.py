@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def authors(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, bias: Tensor) -> Tensor:
-    """The same numbers by F.grid_sample and whole-batch products; arguments and result as `sampled_window_attention`."""
+    """The same numbers by F.grid_sample and whole-batch products; arguments as `sampled_window_attention`."""
     batch, height, width, heads, dim = query.shape
     down, across = height // WINDOW, width // WINDOW
     grid = torch.stack([positions[..., 1] * (2 / (width - 1)), positions[..., 0] * (2 / (height - 1))], -1) - 1

@@ -16,11 +16,12 @@ Positions are (y, x) in pixels of the key map: (i, j) reads key[i, j] itself, an
 zero vector, with logit bias_ij. A position that is not a number makes that window's output of that head not a number,
 as such a logit would; no position is ever read outside the map, and none is checked, which would wait for a GPU.
 
-At whole-numbered positions the interpolation has a kink, and the gradient is that of the side above, as F.grid_sample's.
+At whole-numbered positions the interpolation has a kink, and the gradient is that of the side above, as it is
+F.grid_sample's.
 
-Source: Zhang et al., "VSA: Learning Varied-Size Window Attention in Vision Transformers" (2204.08446), section 3.2; code
-ViTAE-VSA 75dc986, which reads with F.grid_sample(align_corners=True). lse and softmax statistics are float32, float64 for
-float64 inputs.
+Source: Zhang et al., "VSA: Learning Varied-Size Window Attention in Vision Transformers" (2204.08446), section 3.2;
+code ViTAE-VSA 75dc986, which reads with F.grid_sample(align_corners=True). lse and softmax statistics are float32,
+float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _REASONS: dict[str, dispatch.Reasons] = {name: dispatch.module_reasons(NAME, nam
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors, (window_size, scale, backend) = arguments[:5], arguments[5:]
-    problem = describe(*tensors[:4], window_size, scale)
+    problem = describe(tensors, window_size, scale)
     backend = dispatch.choose(NAME, backend, problem, tensors[0].device, _REASONS)
     with torch.autocast(tensors[0].device.type, enabled=False):
         return dispatch.backend_module(NAME, backend).forward(*tensors, problem)
@@ -71,7 +72,7 @@ def _backward(
     gradients: tuple, tensors: tuple, results: tuple, options: tuple, needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     window_size, scale, backend = options
-    problem = describe(*tensors[:4], window_size, scale)
+    problem = describe(tensors, window_size, scale)
     backend = dispatch.choose(NAME, backend, problem, tensors[0].device, _REASONS)
     grad_out = torch.zeros_like(results[0]) if gradients[0] is None else gradients[0]
     with torch.autocast(tensors[0].device.type, enabled=False):
@@ -116,7 +117,7 @@ def _describe(*args: Any, **kwargs: Any) -> tuple[Problem, torch.device]:
     """What `not_supported_reasons` asks about, from the public function's arguments."""
     kwargs.pop("return_lse", None)
     tensors, options = _prepare(*args, **kwargs)
-    return describe(*tensors[:4], *options), tensors[0].device
+    return describe(tensors, *options), tensors[0].device
 
 
 dispatch.register(NAME, _REASONS, _describe)
@@ -161,7 +162,7 @@ def sampled_window_attention(
     tensors, options = _prepare(query, key, value, positions, window_size, scale, bias=bias)
     check_choice("backend", backend, ("auto", *BACKENDS))
     if not torch.compiler.is_compiling():  # a compiled graph must not freeze the choice: there the operator chooses
-        problem = describe(*tensors[:4], *options)
+        problem = describe(tensors, *options)
         backend = dispatch.choose(NAME, backend, problem, tensors[0].device, _REASONS)
     out, lse = _operator(*tensors, *options, backend)
     return (out, lse) if return_lse else out

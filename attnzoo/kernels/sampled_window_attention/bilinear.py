@@ -1,8 +1,8 @@
 """Bilinear reading in PyTorch operations, for the back ends that are made of them.
 
-A position p on an axis lies between the corners floor(p) and floor(p) + 1, at the fraction p - floor(p). A reading is the
-sum over four corners, in the order (0, 0), (0, 1), (1, 0), (1, 1) of (down, across), of weight times what lies there;
-what lies outside the map is 0.
+A position p on an axis lies between the corners floor(p) and floor(p) + 1, at the fraction p - floor(p). A reading is
+the sum over four corners, in the order (0, 0), (0, 1), (1, 0), (1, 1) of (down, across), of weight times what lies
+there; what lies outside the map is 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 class Axis(NamedTuple):
     """The two corners of places on one axis, all in the places' dtype."""
 
-    index: Pair  # whole numbers within the map: that of the nearest pixel for a corner outside
+    pixel: Pair  # whole numbers within the map: that of the nearest pixel for a corner outside
     weight: Pair  # 0 for a corner outside
     inside: Pair  # 1, and 0 for a corner outside
 
@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 def axis(places: Tensor, size: int) -> Axis:
     """The corners of `places` on an axis of `size`.
 
-    Both corners of a place that is infinite lie outside; not-a-number stays in the weights, and has an index all the
+    Both corners of a place that is infinite lie outside; not-a-number stays in the weights, and has a pixel all the
     same.
     """
     places = places.clamp(-2, size)  # beyond the map by as much as makes both corners lie outside

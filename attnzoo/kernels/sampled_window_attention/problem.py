@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,10 +124,9 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def describe(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window_size: Sequence[int], scale: float
-) -> Problem:
-    """The numbers of a call whose arguments were checked."""
+def describe(tensors: Sequence[Any], window_size: Sequence[int], scale: float) -> Problem:
+    """The numbers of a call whose arguments were checked; tensors: query, key, value, positions, and maybe more."""
+    query, key, value, positions = tensors[:4]
     return Problem(
         batch=query.shape[0],
         grid=(query.shape[1], query.shape[2]),

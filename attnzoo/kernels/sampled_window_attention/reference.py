@@ -1,8 +1,8 @@
 """The formula, window by window: any dtype, any device. The yardstick of every test.
 
-For query i and key j of a window: logits[i, j] = scale * <query_i, key_j> + bias[i, j], one softmax over the K keys, the
-keys and values being read from their maps by index, corner by corner. Windows go through in chunks that hold at most
-_CHUNK elements of keys, values and logits, or one window. float64 stays float64; everything else is computed in float32.
+For query i and key j of a window: logits[i, j] = scale * <query_i, key_j> + bias[i, j], one softmax over the K keys,
+the keys and values being read from their maps by index, corner by corner. Windows go through in chunks that hold at
+most _CHUNK elements of keys, values and logits, or one window. float64 stays float64; the rest is float32.
 """
 
 from __future__ import annotations
@@ -55,13 +55,11 @@ class Reading:
 
 def reading(positions: Tensor, problem: Problem) -> Reading:
     """The reading of positions [..., heads, K, 2] in the dtype of the computation."""
-    down, across = (bilinear.axis(positions[..., i], problem.key_grid[i]) for i in range(2))
+    down, across = (bilinear.axis(places, size) for places, size in zip(positions.unbind(-1), problem.key_grid))
     head = torch.arange(problem.num_heads, device=positions.device) // problem.group
-    lines = tuple(index.long() * problem.key_grid[1] for index in down.index)
-    row = (
-        bilinear.corners(lines, tuple(index.long() for index in across.index), torch.add) * problem.num_heads_kv
-        + head[:, None, None]
-    )
+    (first, second), width = down.pixel, problem.key_grid[1]
+    lines, places = (first.long() * width, second.long() * width), (across.pixel[0].long(), across.pixel[1].long())
+    row = bilinear.corners(lines, places, torch.add) * problem.num_heads_kv + head[:, None, None]
     return Reading(down, across, row, bilinear.corners(down.inside, across.inside) == 0)
 
 
@@ -130,8 +128,8 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of query, key, value, positions and bias, None where `needs` has no use for one.
 
-    With p = exp(logits - lse): dlogits = p * (<grad_out, value> - <grad_out, out> + grad_lse). What arrives at a sampled
-    key or value goes to the four corners by their weights, and to the position by the weights' slopes.
+    With p = exp(logits - lse): dlogits = p * (<grad_out, value> - <grad_out, out> + grad_lse). What arrives at a
+    sampled key or value goes to the four corners by their weights, and to the position by the weights' slopes.
     """
     dtype = problem.compute_dtype
     given = (query, key, value, positions, bias)

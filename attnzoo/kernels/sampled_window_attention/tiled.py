@@ -7,8 +7,8 @@ embedding_bag again with the readings sorted by row: the same bits in every run.
 inside it with the weight 0: where a key or value is not finite, and 0 times it no zero, the reference serves the call.
 
 Memory beside the results, in elements of the computation's dtype: that copy; a chunk's queries, outputs, sampled keys
-and values and at most _LOGITS logits (a row of one window where that is more); in the backward pass also the gradients of
-all sampled keys and values of the items, and those of their maps, and some numbers per reading and corner.
+and values and at most _LOGITS logits (a row of one window where that is more); in the backward pass also the gradients
+of all sampled keys and values of the items, and those of their maps, and some numbers per reading and corner.
 """
 
 from __future__ import annotations
@@ -100,11 +100,16 @@ class _Group:
         """What a chunk reads."""
         p = self.problem
         places = positions[chunk].to(self.scratch.dtype)
-        down, across = (bilinear.axis(places[..., i], p.key_grid[i]) for i in range(2))
+        down, across = (bilinear.axis(along, size) for along, size in zip(places.unbind(-1), p.key_grid))
         origin = self.origin[chunk.items.start - self.items.start : chunk.items.stop - self.items.start]
-        lines = tuple(index.to(self.number).mul(p.key_grid[1] * p.num_heads_kv).add_(origin) for index in down.index)
-        cells = tuple(index.to(self.number).mul(p.num_heads_kv) for index in across.index)
-        return _Located(bilinear.corners(lines, cells, torch.add).to(self.integer).view(-1, 4), down, across)
+
+        def rows(pixels: bilinear.Pair, step: int, first: Tensor | int) -> bilinear.Pair:
+            one, other = (pixel.to(self.number).mul(step).add_(first) for pixel in pixels)
+            return one, other
+
+        lines = rows(down.pixel, p.key_grid[1] * p.num_heads_kv, origin)
+        row = bilinear.corners(lines, rows(across.pixel, p.num_heads_kv, 0), torch.add)
+        return _Located(row.to(self.integer).view(-1, 4), down, across)
 
     def read(self, maps: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         """Sampled rows [windows * heads, K, dim] of maps [num_rows, dim] by weights [..., 4]."""
@@ -279,16 +284,18 @@ def backward(
             if grad_positions is not None:
                 goal = grad_positions[chunk]
                 for axis, slope in enumerate(bilinear.slopes(at.down, at.across)):
-                    goal[..., axis] = sum(
-                        group.read(maps, at.rows, slope).mul_(d).sum(-1).view(goal.shape[:-1])
-                        for maps, d in ((key_rows, d_chunk[0]), (value_rows, d_chunk[1]))
+                    by_keys, by_values = (
+                        group.read(maps, at.rows, slope).mul_(d).sum(-1)
+                        for maps, d in zip((key_rows, value_rows), d_chunk)
+                        if d is not None
                     )
+                    goal[..., axis] = by_keys.add_(by_values).view(goal.shape[:-1])
             if needs[1] or needs[2]:
                 located.append((at.rows, by_corner.view(-1, 4)))
         if located:
             all_rows, all_weights = (torch.cat(parts) for parts in zip(*located))
             gradients = [d if needed else None for d, needed in zip((d_keys, d_values), needs[1:3])]
-            for goal, made in zip((grad_key, grad_value), group.spread(all_rows, all_weights, gradients)):
-                if goal is not None and made is not None:
-                    goal[group.items] = made.view(-1, *goal.shape[1:])
+            for whole, spread in zip((grad_key, grad_value), group.spread(all_rows, all_weights, gradients)):
+                if whole is not None and spread is not None:
+                    whole[group.items] = spread.view(-1, *whole.shape[1:])
     return [*found[:4], None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)]

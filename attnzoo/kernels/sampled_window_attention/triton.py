@@ -1,8 +1,10 @@
 """Sampled window attention in Triton, forward.
 
 A program owns a tile of queries of one window of one head. It walks the window's keys: four gathered rows per key,
-weighted in float32 and added up, make a tile of keys or values in registers, which meets the queries in an online softmax.
-Corners outside the map are not read. Source: Dao, FlashAttention-2 (2023), section 3.1.1, with the reading in front.
+weighted in float32 and added up, make a tile of keys or values in registers, which meets the queries in an online
+softmax. Corners outside the map are not read.
+
+Source: Dao, FlashAttention-2 (2023), section 3.1.1, with the reading in front.
 
 Importing this module imports triton: do it lazily.
 """
@@ -36,22 +38,50 @@ from attnzoo.kernels.triton_shared import (
 )
 
 MAX_HEAD_DIM = 256
-# (most queries, most keys, warps, stages) by kernel, vendor, element size and the power of two, from 32, that holds both
-# head dims.
+# (most queries, most keys, warps, stages) by kernel, vendor, element size and the power of two, from 32, that holds
+# both head dims.
 TILES: dict[str, dict[str, dict[int, dict[int, tuple[int, int, int, int]]]]] = {
     "forward": {
         "cuda": {
-            2: {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 8, 1), 256: (64, 16, 8, 1)},
-            4: {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+            2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (64, 16, 8, 1)},
+            4: {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 4, 1), 256: (16, 16, 8, 1)},
         },
         "hip": {
             2: {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (64, 16, 4, 1)},
             4: {32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
         },
     },
+    "grad_query": {
+        "cuda": {
+            2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
+            4: {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+        },
+        "hip": {
+            2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)},
+            4: {32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+        },
+    },
+    "grad_keys": {
+        "cuda": {
+            2: {32: (64, 64, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+            4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+        },
+        "hip": {
+            2: {32: (64, 64, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 4, 1)},
+            4: {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+        },
+    },
+    "grad_bias": {
+        "cuda": {
+            2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
+            4: {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+        },
+        "hip": {
+            2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)},
+            4: {32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+        },
+    },
 }
-for _kernel in ("grad_query", "grad_keys", "grad_bias"):
-    TILES[_kernel] = TILES["forward"]
 SIZES = ["height", "width", "key_height", "key_width", "across", "windows", "num_samples"]
 
 
@@ -275,7 +305,7 @@ def _call_on_meta(dtype: torch.dtype, head_dim: int, window: int, samples: int) 
     query = torch.empty(2, size, size, heads, head_dim, dtype=dtype, device="meta")
     positions = torch.empty(2, 8, 8, heads, samples, 2, device="meta")
     bias = torch.empty(heads, window**2, samples, device="meta")
-    problem = describe(query, query, query, positions, (window, window), head_dim**-0.5)
+    problem = describe((query, query, query, positions), (window, window), head_dim**-0.5)
     out, lse = forward(query, query, query, positions, bias, problem)
     backward(out, lse, query, query, query, positions, bias, out, lse, problem, (True,) * 5)
 

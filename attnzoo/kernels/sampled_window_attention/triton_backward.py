@@ -4,13 +4,13 @@ With p = exp(logits - lse) recomputed tile by tile, delta = <grad_out, out> - gr
 dlogits = p * (<grad_out, value> - delta):
 
     sampled_grad_query   the forward's walk: delta (kept for the others) and grad_query
-    sampled_grad_keys    a tile of sampled keys against all queries of its window: what arrives at each sampled key and
-                         value goes to its position by the slopes, and to the corners by the weights
-    sampled_grad_bias    a tile of the bias, dlogits summed in place over a share of all windows; the shares are added up
+    sampled_grad_keys    a tile of sampled keys against all queries of its window: what arrives at each sampled key
+                         and value goes to its position by the slopes, and to the corners by the weights
+    sampled_grad_bias    a tile of the bias, dlogits summed in place over a share of all windows; the shares are added
 
 Many samples may share a corner. sampled_grad_keys adds to it by atomics in float32, whose order differs between runs;
-where torch.use_deterministic_algorithms asks for the same bits in every run, it writes the gradients of sampled keys and
-values out, B * windows * heads * K rows in float32, and the reference's index_add_ brings them to the corners.
+where torch.use_deterministic_algorithms asks for the same bits in every run, it writes the gradients of sampled keys
+and values out, B * windows * heads * K rows in float32, and the reference's index_add_ brings them to the corners.
 
 Source: Dao, FlashAttention-2 (2023), section 3.1.2, with the reading in front and its transpose behind.
 """
@@ -264,7 +264,7 @@ def sampled_grad_bias(
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """partial[share, head, query, key]: dlogits of a tile of the bias, summed over a share of all windows of the batch."""
+    """partial[share, head, query, key]: dlogits of a tile of the bias, summed over a share of all windows."""
     TILES: tl.constexpr = (HEIGHT * WIDTH + BM - 1) // BM
     tiles = tl.cdiv(num_samples, BN)
     pid = tl.program_id(0)

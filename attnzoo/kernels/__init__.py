@@ -3,6 +3,7 @@
     neighborhood_attention   1-D, 2-D, 3-D sliding windows (na1d, na2d, na3d: NATTEN's names); neighborhood_logits
     edited_attention         attention whose softmax is edited for some rows; grouped_attention, combine_groups,
                              group_masses, attention_probs, attention_column_sums, Visibility
+    sampled_window_attention windows whose keys are read at real-valued positions; positions_from_normalized
     merge_attentions         partial results joined by their lse
     BACKENDS, use_backend, not_supported_reasons   which back end serves a call, and why another can't
 
@@ -21,6 +22,7 @@ from attnzoo.kernels.edited_attention import (
 )
 from attnzoo.kernels.merge import merge_attentions
 from attnzoo.kernels.neighborhood_attention import na1d, na2d, na3d, neighborhood_attention, neighborhood_logits
+from attnzoo.kernels.sampled_window_attention import positions_from_normalized, sampled_window_attention
 
 __all__ = [
     "BACKENDS",
@@ -38,5 +40,7 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_logits",
     "not_supported_reasons",
+    "positions_from_normalized",
+    "sampled_window_attention",
     "use_backend",
 ]

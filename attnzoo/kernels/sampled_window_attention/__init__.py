@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.errors import check_choice, check_tensor, per_axis
+from attnzoo.errors import check_choice, check_same, check_tensor, per_axis
 from attnzoo.kernels import dispatch, library
 from attnzoo.kernels.sampled_window_attention.problem import (
     DTYPES,
@@ -107,6 +107,7 @@ def _prepare(
     """The public function's arguments as the operator's: tensors (after autocast) and options but the back end."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
+    check_same("device", query=query, key=key, value=value)
     query, key, value = library.autocast(query, key, value)  # type: ignore[assignment]
     check_tensors(query, key, value, positions, bias)
     window = check_windows(query, positions, bias, window_size)

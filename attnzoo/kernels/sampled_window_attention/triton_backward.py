@@ -54,16 +54,17 @@ def base2_lse(lse, rows, valid):
 
 @triton.jit
 def weights_and_slopes(
-    q, k, do, v, bias, bias_row, n, num_samples, lse2, delta, valid, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """(p, dlogits) [queries, keys] of a tile."""
+    q, k, d_weights, bias, bias_row, n, num_samples, lse2, delta, valid, scale, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(p, dlogits) [queries, keys] of a tile, from d_weights = <grad_out, value>."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     seen = (n < num_samples)[None, :] & valid[:, None]
     if BIAS:
         added = tl.load(bias + bias_row[:, None] + n[None, :], mask=seen, other=0.0)
         logits += added.to(tl.float32) * LOG2E
     p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[:, None])
-    return p, p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return p, p * (d_weights - delta[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -113,11 +114,12 @@ def sampled_grad_query(
         v = sample_rows(
             value, ky, kx, part_y, part_x, down0, down1, across0, across1, v_y, v_x, DIM_V, BLOCK_DV, WIDE, UPCAST
         )
+        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         k = sample_rows(
             key, ky, kx, part_y, part_x, down0, down1, across0, across1, k_y, k_x, DIM, BLOCK_D, WIDE, UPCAST
         )
         _, ds = weights_and_slopes(
-            q, k, do, v, bias, bias_row, n, num_samples, lse2, d, valid, scale, BIAS, PRECISION
+            q, k, d_weights, bias, bias_row, n, num_samples, lse2, d, valid, scale, BIAS, PRECISION
         )  # fmt: skip
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
@@ -222,8 +224,9 @@ def sampled_grad_keys(
         do = load_rows(grad_out, cell_offsets(y, x, do_y, do_x, WIDE), valid, DIM_V, BLOCK_DV, UPCAST)
         lse2 = base2_lse(lse, row, valid)
         d = tl.load(delta + row, mask=valid, other=0.0)
+        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p, ds = weights_and_slopes(
-            q, k, do, v, bias, i.to(tl.int64) * num_samples, n, num_samples, lse2, d, valid, scale, BIAS, PRECISION
+            q, k, d_weights, bias, i.to(tl.int64) * num_samples, n, num_samples, lse2, d, valid, scale, BIAS, PRECISION
         )
         acc_v = tl.dot(tl.trans(p.to(do.dtype)), do, acc_v, input_precision=PRECISION)
         acc_k = tl.dot(tl.trans(ds.to(q.dtype)), q, acc_k, input_precision=PRECISION)
@@ -286,22 +289,23 @@ def sampled_grad_bias(
         ky, kx, part_y, part_x, down0, down1, across0, across1 = key_corners(
             places, n, num_samples, p_n, p_c, key_height, key_width
         )
-        k = sample_rows(
-            key + b * k_b + h_kv * k_h, ky, kx, part_y, part_x, down0, down1, across0, across1, k_y, k_x,
-            DIM, BLOCK_D, WIDE, UPCAST,
-        )  # fmt: skip
+        queries = query + b * q_b + h.to(tl.int64) * q_h
+        grads = grad_out + b * do_b + h.to(tl.int64) * do_h
         v = sample_rows(
             value + b * v_b + h_kv * v_h, ky, kx, part_y, part_x, down0, down1, across0, across1, v_y, v_x,
             DIM_V, BLOCK_DV, WIDE, UPCAST,
         )  # fmt: skip
-        queries = query + b * q_b + h.to(tl.int64) * q_h
-        grads = grad_out + b * do_b + h.to(tl.int64) * do_h
-        q = load_rows(queries, cell_offsets(y, x, q_y, q_x, WIDE), valid, DIM, BLOCK_D, UPCAST)
         do = load_rows(grads, cell_offsets(y, x, do_y, do_x, WIDE), valid, DIM_V, BLOCK_DV, UPCAST)
+        d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        k = sample_rows(
+            key + b * k_b + h_kv * k_h, ky, kx, part_y, part_x, down0, down1, across0, across1, k_y, k_x,
+            DIM, BLOCK_D, WIDE, UPCAST,
+        )  # fmt: skip
+        q = load_rows(queries, cell_offsets(y, x, q_y, q_x, WIDE), valid, DIM, BLOCK_D, UPCAST)
         lse2 = base2_lse(lse, row, valid)
         d = tl.load(delta + row, mask=valid, other=0.0)
         _, ds = weights_and_slopes(
-            q, k, do, v, bias, bias_row, n, num_samples, lse2, d, valid, scale, BIAS, PRECISION
+            q, k, d_weights, bias, bias_row, n, num_samples, lse2, d, valid, scale, BIAS, PRECISION
         )  # fmt: skip
         acc += ds
 

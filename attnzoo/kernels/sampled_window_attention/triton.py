@@ -43,7 +43,7 @@ MAX_HEAD_DIM = 256
 TILES: dict[str, dict[str, dict[int, dict[int, tuple[int, int, int, int]]]]] = {
     "forward": {
         "cuda": {
-            2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (64, 16, 8, 1)},
+            2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 16, 8, 1), 256: (64, 16, 8, 1)},
             4: {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 16, 4, 1), 256: (16, 16, 8, 1)},
         },
         "hip": {
@@ -54,7 +54,7 @@ TILES: dict[str, dict[str, dict[int, dict[int, tuple[int, int, int, int]]]]] = {
     "grad_query": {
         "cuda": {
             2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
-            4: {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+            4: {32: (64, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
         },
         "hip": {
             2: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 4, 1)},
@@ -67,8 +67,8 @@ TILES: dict[str, dict[str, dict[int, dict[int, tuple[int, int, int, int]]]]] = {
             4: {32: (32, 32, 8, 1), 64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
         },
         "hip": {
-            2: {32: (64, 64, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (32, 16, 4, 1)},
-            4: {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+            2: {32: (64, 64, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 4, 1)},
+            4: {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
         },
     },
     "grad_bias": {
@@ -310,12 +310,14 @@ def _call_on_meta(dtype: torch.dtype, head_dim: int, window: int, samples: int) 
     backward(out, lse, query, query, query, positions, bias, out, lse, problem, (True,) * 5)
 
 
+# float32 products of 256 columns, three in a loop, are more than a thread of 255 registers holds: known, and allowed.
+_SPILLS = dict.fromkeys(("sampled_grad_query", "sampled_grad_keys", "sampled_grad_bias"), 64)
 AOT = [
     Case(
         f"{str(dtype).removeprefix('torch.')} d{head_dim} window {window} keys {samples}",
         functools.partial(_call_on_meta, dtype, head_dim, window, samples),
         quick=(dtype, head_dim) == (torch.float16, 32),
-        spills=dict.fromkeys(("sampled_grad_query", "sampled_grad_keys", "sampled_grad_bias"), 64),
+        spills=_SPILLS | ({"sampled_grad_query": 700} if (dtype, head_dim) == (torch.float32, 256) else {}),
     )
     for dtype, head_dim, window, samples in (
         (torch.float16, 32, 7, 49),

@@ -25,7 +25,7 @@ from attnzoo.kernels.sampled_window_attention import bilinear, reference
 from attnzoo.kernels.sampled_window_attention.problem import Problem
 from attnzoo.kernels.tiled_shared import Scratch, bounded
 
-_LOGITS = 1 << 18  # logits at once: 1 MB, and a chunk's buffers together fit a core's cache
+_LOGITS = 1 << 19  # logits at once: 2 MB
 _MAPS = 1 << 18  # elements of the key maps that several small items may have to go through together
 
 

@@ -5,6 +5,7 @@
                              group_masses, group_value_mean, attention_probs, attention_column_sums, Visibility
     pooled_attention         softmax attention through a few agent tokens, in two stages
     linear_attention         phi(q) (phi(k)^T v), four normalisers, causal or not
+    sampled_window_attention windows whose keys are read at real-valued positions; positions_from_normalized
     merge_attentions         partial results joined by their lse
     plan_neighborhood_attention   useful and executed FLOPs and the speed-up bound, before anything runs
     BACKENDS, use_backend, not_supported_reasons   which back end serves a call, and why another can't
@@ -28,6 +29,7 @@ from attnzoo.kernels.merge import merge_attentions
 from attnzoo.kernels.neighborhood_attention import na1d, na2d, na3d, neighborhood_attention, neighborhood_logits
 from attnzoo.kernels.planning import Plan, plan_neighborhood_attention
 from attnzoo.kernels.pooled_attention import pooled_attention
+from attnzoo.kernels.sampled_window_attention import positions_from_normalized, sampled_window_attention
 
 __all__ = [
     "BACKENDS",
@@ -50,5 +52,7 @@ __all__ = [
     "not_supported_reasons",
     "plan_neighborhood_attention",
     "pooled_attention",
+    "positions_from_normalized",
+    "sampled_window_attention",
     "use_backend",
 ]

@@ -43,6 +43,7 @@ OPERATIONS = (
     "attnzoo.kernels.edited_attention.triton",
     "attnzoo.kernels.edited_attention.triton_backward",
     "attnzoo.kernels.edited_attention.triton_readout",
+    "attnzoo.kernels.sampled_window_attention.triton",
 )
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 

@@ -24,6 +24,7 @@ from attnzoo.vlm.state import CallState, Step
 from attnzoo.vlm.var import var
 
 METHODS: dict[str, Callable[..., tuple[Edit, ...]]] = {"pai": pai, "var": var}
+_CACHES = ("cache", "past_key_values")  # the argument's and output's name since transformers 5.24, and before
 _PIXELS = ("pixel_values", "pixel_values_videos")
 
 
@@ -116,7 +117,7 @@ class _Record:
         check_tensor("input_ids (or inputs_embeds)", source)
         assert source is not None
         length = source.shape[1]
-        cache = given.get("past_key_values")
+        cache = _first(given.get, _CACHES)
         past = int(cache.get_seq_length()) if cache is not None else 0
         keep = given.get("logits_to_keep")
         keep = keep if isinstance(keep, int) and 0 < keep <= length else None
@@ -206,8 +207,13 @@ def real_tokens(mask: Any, past: int, length: int, device: torch.device) -> Tens
     return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
 
 
+def _first(get: Callable[[str], Any], names: Iterable[str]) -> Any:
+    """The first of the named values that is not None."""
+    return next((value for name in names if (value := get(name)) is not None), None)
+
+
 def _cache_of(output: Any) -> Cache | None:
-    cache = getattr(output, "past_key_values", None)
+    cache = _first(lambda name: getattr(output, name, None), _CACHES)
     if cache is None and isinstance(output, tuple):
         cache = next((part for part in output if isinstance(part, Cache)), None)
     return cache if isinstance(cache, Cache) else None

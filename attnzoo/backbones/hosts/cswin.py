@@ -232,6 +232,10 @@ class CSwin(LeveledModel):
             height, width = -(-height // 2), -(-width // 2)
         return height, width
 
+    def position_tables(self) -> dict[str, tuple[Size, int]]:
+        """Position embeddings: none."""
+        return {}
+
     def _stage(self, i: int) -> Any:
         return getattr(self, f"stage{i + 1}")
 

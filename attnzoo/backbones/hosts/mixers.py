@@ -180,7 +180,7 @@ def square_side(count: int) -> Size:
 
 
 def host_checkpoint(
-    state_dict: dict[str, Any], model: nn.Module, renames: Sequence[tuple[str, str]], drop: Sequence[str] = ()
+    state_dict: dict[str, Any], model: Any, renames: Sequence[tuple[str, str]], drop: Sequence[str] = ()
 ) -> dict[str, Any]:
     """A published checkpoint for a hosted model: parameters of mixers found, position tables of other sizes resampled.
 
@@ -199,6 +199,10 @@ def host_checkpoint(
                     name = head + ours + tail
                     break
         fitted[name] = value
+    for name, (grid, num_prefix) in model.position_tables().items():
+        table = fitted.get(name)
+        if isinstance(table, Tensor) and table.ndim == 3 and table.shape[1] != num_prefix + grid[0] * grid[1]:
+            fitted[name] = resample_map(table, square_side(table.shape[1] - num_prefix), grid, num_prefix)
     for prefix, module in model.named_modules():
         if isinstance(module, Mixer):
             _fit_mixer(fitted, prefix, module)

@@ -171,6 +171,10 @@ class PVT(LeveledModel):
         height, width = img_size or self.img_size
         return height // self.patch_size // 2**i, width // self.patch_size // 2**i
 
+    def position_tables(self) -> dict[str, tuple[Size, int]]:
+        """Position embeddings: name -> (map, prefix tokens)."""
+        return {f"pos_embed{i + 1}": (self.grid(i), 0) for i in range(self.num_levels)}
+
     def smallest_input(self) -> tuple[int, int]:
         """The smallest (height, width) of an image whose maps, and their keys, are not empty."""
         side = max(self.patch_size * 2**i * block.attn.sr_ratio for i in range(self.num_levels) for block in self._blocks(i))

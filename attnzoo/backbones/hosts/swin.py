@@ -192,6 +192,10 @@ class Swin(StagedTransformer):
         check_range("window_size", window, low=1)
         return max(7, window // 8), window
 
+    def position_tables(self) -> dict[str, tuple[Size, int]]:
+        """Position embeddings: name -> (map, prefix tokens)."""
+        return {} if self.absolute_pos_embed is None else {"absolute_pos_embed": (self._grid(0), 0)}
+
     def _patch_embed(self, in_chans: int, embed_dim: int, norm_layer: Callable[..., nn.Module], dd: dict) -> nn.Module:
         return PatchEmbed(self.patch_size, in_chans, embed_dim, norm_layer if self.patch_norm else None, **dd)
 

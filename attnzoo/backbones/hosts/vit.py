@@ -116,6 +116,10 @@ class HostViT(VisionTransformer):
             **kwargs,
         )
 
+    def position_tables(self) -> dict[str, tuple[Size, int]]:
+        """Position embeddings: name -> (map, prefix tokens)."""
+        return {"pos_embed": (self.patch_embed.grid_size, self.num_prefix_tokens)}
+
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Take images of another size: position embedding and biases are resampled."""
         super().set_input_size(img_size, patch_size)

@@ -1,0 +1,85 @@
+"""The hosts' part of the goldens adapter: names translated, the models are attnzoo's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import goldens_backbones
+import torch
+from torch import Tensor, nn
+
+from attnzoo import backbones
+from attnzoo.kernels.dispatch import use_backend
+
+_CLASSES = {
+    "agent_deit": "AgentDeiT",
+    "agent_pvt": "AgentPVT",
+    "agent_swin": "AgentSwin",
+    "agent_cswin": "AgentCSwin",
+    "inline_deit": "InLineDeiT",
+    "inline_pvt": "InLinePVT",
+    "inline_swin": "InLineSwin",
+    "inline_cswin": "InLineCSwin",
+}
+_OURS = {"depth": "depths", "drop_rate": "proj_drop_rate"}
+# Submodules whose output the authors' code has in another shape: the path in ours.
+_TAPS = {"stage1.0.attns.0": "stage1.0.attns.0"}
+
+
+def _host(meta: dict[str, Any]) -> nn.Module:
+    variant = meta["variant"]
+    config = {k: v for k, v in meta["config"].items() if k not in ("class", "norm_layer")}
+    if "cswin" in variant:
+        config = {_OURS.get(k, k): v for k, v in config.items() if k != "patch_size"}
+    if config.get("num_stages"):
+        del config["num_stages"]
+    return getattr(backbones, _CLASSES[variant])(**config)
+
+
+def _states(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """`model` with the case's state, by its family's own loader, strictly."""
+    model = model.to(dtype).eval()
+    family = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
+    model.load_state_dict(family.checkpoint_filter_fn(_states(tensors), model), strict=True)
+    return model
+
+
+def _tap(model: nn.Module, meta: dict[str, Any], got: dict[str, Any]) -> None:
+    """Hooks for the intermediates; a map is reshaped to the authors' tokens. Windows that are cut stay out."""
+    for name, path in (meta.get("intermediates_meaning") or {}).items():
+        shape = (meta.get("intermediates") or {}).get(name)
+        if shape is None:
+            continue
+
+        def hook(_module: nn.Module, _inputs: Any, out: Tensor, name: str = name, shape: Any = shape) -> None:
+            if out.shape[0] == shape[0]:
+                got[name] = out.reshape(shape)
+
+        model.get_submodule(path).register_forward_hook(hook)
+
+
+def _run_host(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    got: dict[str, Any] = {}
+    model = _load(_host(meta), tensors, tensors["input"].dtype)
+    _tap(model, meta, got)
+    return {**got, "output": model(tensors["input"])}
+
+
+_RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
+    **{variant: _run_host for variant in _CLASSES},
+}
+
+
+def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
+    """One case: the outputs, and the intermediates that are cheap to give."""
+    with torch.no_grad(), use_backend(backend or "auto"):
+        return _RUNS[meta["variant"]](meta, tensors)
+
+
+load_published = partial(goldens_backbones.load_published)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo import backbones
+from attnzoo.backbones.blocks.inline import InLineMixer
+from attnzoo.backbones.hosts.mixers import Site
+from attnzoo.backbones.hosts.vit import TokenAttention
 from attnzoo.kernels.dispatch import use_backend
 
 _CLASSES = {
@@ -24,8 +27,6 @@ _CLASSES = {
     "inline_cswin": "InLineCSwin",
 }
 _OURS = {"depth": "depths", "drop_rate": "proj_drop_rate"}
-# Submodules whose output the authors' code has in another shape: the path in ours.
-_TAPS = {"stage1.0.attns.0": "stage1.0.attns.0"}
 
 
 def _host(meta: dict[str, Any]) -> nn.Module:
@@ -71,8 +72,19 @@ def _run_host(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
     return {**got, "output": model(tensors["input"])}
 
 
+def _run_inline_attention(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    config = meta["config"]
+    size = tuple(config["window_size"])
+    site = Site(config["dim"], config["num_heads"], size, size, 0, 0)
+    attention = TokenAttention(site, InLineMixer(site, config.get("kernel_func", "identity")), config["qkv_bias"])
+    state = {k.replace("residual.", "mixer.residual."): v for k, v in _states(tensors).items()}
+    attention.to(tensors["input"].dtype).load_state_dict(state, strict=True)
+    return {"output": attention(tensors["input"])}
+
+
 _RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
     **{variant: _run_host for variant in _CLASSES},
+    "inline_attn_kernel": _run_inline_attention,
 }
 
 

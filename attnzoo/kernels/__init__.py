@@ -21,6 +21,7 @@ from attnzoo.kernels.edited_attention import (
 )
 from attnzoo.kernels.merge import merge_attentions
 from attnzoo.kernels.neighborhood_attention import na1d, na2d, na3d, neighborhood_attention, neighborhood_logits
+from attnzoo.kernels.pooled_attention import pooled_attention
 
 __all__ = [
     "BACKENDS",
@@ -38,5 +39,6 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_logits",
     "not_supported_reasons",
+    "pooled_attention",
     "use_backend",
 ]

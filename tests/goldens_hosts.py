@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo import backbones
+from attnzoo.backbones.blocks.agent_sd import AgentCrossAttention, AgentSDBlock, TokenMerge
 from attnzoo.backbones.blocks.inline import InLineMixer
 from attnzoo.backbones.hosts.mixers import Site
 from attnzoo.backbones.hosts.vit import TokenAttention
@@ -82,9 +83,43 @@ def _run_inline_attention(meta: dict[str, Any], tensors: dict[str, Tensor]) -> d
     return {"output": attention(tensors["input"])}
 
 
+def _run_sd_attention(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    c, x = meta["config"], tensors["input"]
+    shares = {"k_scale2": c["k_scale2"], "k_shortcut": c["k_shortcut"]}
+    layer = AgentCrossAttention(c["dim"], None, c["heads"], c["dim_head"], **shares).to(x.dtype)
+    layer.load_state_dict(_states(tensors), strict=True)
+    return {"output": layer(x, tensors["agent"])}
+
+
+def _run_sd_merge(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    c, x = meta["config"], tensors["input"]
+    merge = TokenMerge(x, c["h"], c["w"], c["ratio"], c["agent_ratio"], c["sy"], c["sx"], compat="official")
+    out, agents = merge.merge(x)
+    got = {"output": out, "unmerged": merge.unmerge(out), "dst_index": merge.dst_index, "src_index": merge.src_index}
+    return {**got, "edge_idx": merge.edge_idx, **({} if agents is None else {"agent_tokens": agents})}
+
+
+def _run_sd_block(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    c, latent = meta["config"], tensors["latent"]
+    state = {k.removeprefix("blk."): v for k, v in _states(tensors).items()}
+    hidden = state["ff.0.weight"].shape[0]
+    ff = nn.Sequential(nn.Linear(c["dim"], hidden), nn.GELU(), nn.Linear(hidden, c["dim"]))
+    merging = {k: c[k] for k in ("ratio", "agent_ratio", "sx", "sy")}
+    block = AgentSDBlock(c["dim"], c["heads"], c["dim_head"], c["cdim"], ff, **merging, compat="official")
+    block.to(latent.dtype).load_state_dict(state, strict=True)
+    got: dict[str, Any] = {}
+    for name, layer in (("attn1", block.attn1), ("attn2", block.attn2)):
+        layer.register_forward_hook(lambda _m, _i, out, name=name: got.update({f"{name}_out": out}))
+    block.attn1.register_forward_pre_hook(lambda _m, inputs: got.update({"attn1_in": inputs[0]}))
+    return {**got, "output": block(latent.flatten(2).transpose(1, 2), tensors["context"], tuple(latent.shape[2:]))}
+
+
 _RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
     **{variant: _run_host for variant in _CLASSES},
     "inline_attn_kernel": _run_inline_attention,
+    "agentsd_attn": _run_sd_attention,
+    "agentsd_merge": _run_sd_merge,
+    "agentsd_block": _run_sd_block,
 }
 
 

@@ -20,18 +20,9 @@ from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.neighborhood import init_normal
 from attnzoo.backbones.hosts.mixers import MIXERS, Mixer, Site, Size, resample_axes
+from attnzoo.kernels import pooled_attention
 
 TABLE = 7  # side of the bias tables that are resampled to the map
-
-
-def agent_attend(
-    query: Tensor, key: Tensor, value: Tensor, agents: Tensor, agent_bias: Tensor, query_bias: Tensor
-) -> Tensor:
-    """The two softmaxes: query, key, value [B, N, heads, head_dim], agents [B, A, heads, head_dim], agent_bias
-    [1, heads, A, Nk], query_bias [1, heads, Nq, A] -> [B, Nq, heads, head_dim]."""
-    q, k, v, a = (t.transpose(1, 2) for t in (query, key, value, agents))
-    collected = F.scaled_dot_product_attention(a, k, v, attn_mask=agent_bias.to(q.dtype))
-    return F.scaled_dot_product_attention(q, a, collected, attn_mask=query_bias.to(q.dtype)).transpose(1, 2)
 
 
 class AgentMixer(Mixer):
@@ -109,7 +100,7 @@ class AgentMixer(Mixer):
         pooled = F.adaptive_avg_pool2d(query[:, prefix:].transpose(1, 2).unflatten(2, size), self.side)
         agents = pooled.flatten(2).transpose(1, 2)
         q, k, v, a = (self.heads(t) for t in (query, key, value, agents))
-        out = agent_attend(q, k, v, a, self.agent_bias(), self.query_bias()).flatten(2)
+        out = pooled_attention(q, k, v, a, agent_bias=self.agent_bias(), query_bias=self.query_bias()).flatten(2)
         if self.dwc is None:
             return out
         local = value[:, prefix:].transpose(1, 2).unflatten(2, key_size)

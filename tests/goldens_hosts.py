@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnzoo import backbones
 from attnzoo.backbones.blocks.agent_sd import AgentCrossAttention, AgentSDBlock, TokenMerge
 from attnzoo.backbones.blocks.inline import InLineMixer
+from attnzoo.backbones.blocks.mixture_of_heads import MoHAttention
 from attnzoo.backbones.hosts.mixers import Site
 from attnzoo.backbones.hosts.vit import TokenAttention
 from attnzoo.kernels.dispatch import use_backend
@@ -114,9 +115,35 @@ def _run_sd_block(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
     return {**got, "output": block(latent.flatten(2).transpose(1, 2), tensors["context"], tuple(latent.shape[2:]))}
 
 
+def _run_moh_attention(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    layer = MoHAttention(**meta["config"]).to(tensors["input"].dtype)
+    layer.load_state_dict(_states(tensors), strict=True)
+    got: dict[str, Any] = {}
+    layer.proj.register_forward_pre_hook(lambda _m, inputs: got.update(preproj=inputs[0]))
+    for name in ("wg", "wg_0", "wg_1"):
+        if hasattr(layer, name):
+            flat = partial(lambda _m, _i, out, name: got.update({name: out.flatten(0, 1)}), name=name)
+            getattr(layer, name).register_forward_hook(flat)
+    return {**got, "output": layer(tensors["input"])}
+
+
+def _run_moh_dit(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    config = {k: v for k, v in meta["config"].items() if k not in ("class", "moh")}
+    if not meta["config"].get("moh", True):
+        config["shared_head"] = None
+    x = tensors["input"]
+    model = backbones.MoHDiT(**config, compat="official").to(x.dtype).eval()
+    model.load_state_dict(_states(tensors), strict=True)
+    got: dict[str, Any] = {}
+    _tap(model, meta, got)
+    return {**got, "output": model(x, tensors["t"], tensors["y"])}
+
+
 _RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
     **{variant: _run_host for variant in _CLASSES},
     "inline_attn_kernel": _run_inline_attention,
+    "moh_dit": _run_moh_dit,
+    "moh_dit_attn": _run_moh_attention,
     "agentsd_attn": _run_sd_attention,
     "agentsd_merge": _run_sd_merge,
     "agentsd_block": _run_sd_block,
@@ -129,4 +156,11 @@ def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = 
         return _RUNS[meta["variant"]](meta, tensors)
 
 
-load_published = partial(goldens_backbones.load_published)
+def load_published(system: str, entrypoint: str, state: dict[str, Tensor]) -> nn.Module:
+    """`entrypoint` with a published checkpoint's tensors in it, strictly: by timm, or the diffusion transformers."""
+    name = entrypoint.split(" ")[0].lower()
+    if name not in backbones.MOH_DIT:
+        return goldens_backbones.load_published(system, entrypoint, state)
+    model = backbones.moh_dit(name, device="meta")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model

@@ -12,6 +12,7 @@ from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
+from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
@@ -25,6 +26,8 @@ __all__ = [
     "InLineDeiT",
     "InLinePVT",
     "InLineSwin",
+    "MOH_DIT",
+    "MoHDiT",
     "NAT",
     "DiNAT",
     "DiNAT_s",
@@ -35,5 +38,6 @@ __all__ = [
     "classify",
     "feature_norms",
     "load_model",
+    "moh_dit",
     "preprocess",
 ]

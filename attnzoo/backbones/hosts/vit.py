@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.neighborhood import refuse_attn_drop
 from attnzoo.backbones.hosts.mixers import Factory, Mixer, Site, Size, attn_schedule, make_mixer
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import UnsupportedError, check_tensor
 
 
 class TokenAttention(nn.Module):
@@ -126,6 +126,27 @@ class HostViT(VisionTransformer):
         for block in self.blocks:
             if isinstance(block.attn, TokenAttention):
                 block.attn.set_size(self.patch_embed.grid_size)
+
+    def _check_image(self, x: Tensor) -> None:
+        check_tensor("x", x, 4)
+        height, width = self.patch_embed.img_size
+        if x.shape[1] != self.in_chans:
+            raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
+        if tuple(x.shape[2:]) != (height, width):
+            raise ValueError(
+                f"x must be of img_size {height} x {width}, got {x.shape[2]} x {x.shape[3]}: resize the images, build the "
+                f"model with img_size={tuple(x.shape[2:])}, or call set_input_size({tuple(x.shape[2:])})"
+            )
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images [B, in_chans, H, W] -> normalised tokens [B, P + h w, embed_dim]."""
+        self._check_image(x)
+        return super().forward_features(x, attn_mask, is_causal)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's, for images of the size built for."""
+        self._check_image(x)
+        return super().forward_intermediates(x, *args, **kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

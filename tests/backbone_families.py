@@ -33,7 +33,12 @@ FAMILIES: dict[str, Family] = {
     "nat_isotropic": ("nat_isotropic_small", {**_ISO, "kernel_size": 3}, (40, 40), "img_size 40 x 40"),
     "vitrpb": ("vitrpb_small", _ISO, (40, 40), "img_size 40 x 40"),
     "agent_deit": ("agent_deit_tiny", {**_VIT, "agent_num": (4, 4, 4, 4)}, (32, 40), "set_input_size"),
-    "agent_pvt": ("agent_pvt_tiny", {**_PVT, **_AGENT, "attn_type": "AB", "agent_sr_ratios": "21"}, (48, 32), "set_input"),
+    "agent_pvt": (
+        "agent_pvt_tiny",
+        {**_PVT, **_AGENT, "attn_type": "AB", "agent_sr_ratios": "21"},
+        (48, 32),
+        "set_input",
+    ),
     "agent_swin": ("agent_swin_tiny", {**_SWIN, **_AGENT, "attn_type": "AM1"}, (48, 32), "set_input_size"),
     "agent_cswin": (
         "agent_cswin_tiny",
@@ -42,7 +47,12 @@ FAMILIES: dict[str, Family] = {
         "set_input_size",
     ),
     "inline_deit": ("inline_deit_tiny", _VIT, (32, 40), "set_input_size"),
-    "inline_pvt": ("inline_pvt_tiny", {**_PVT, "img_size": 32, "attn_type": "IS", "la_sr_ratios": "11"}, (48, 32), [(45, 61)]),
+    "inline_pvt": (
+        "inline_pvt_tiny",
+        {**_PVT, "img_size": 32, "attn_type": "IS", "la_sr_ratios": "11"},
+        (48, 32),
+        [(45, 61)],
+    ),
     "inline_swin": ("inline_swin_tiny", {**_SWIN, "img_size": 32, "attn_type": "IM1"}, (48, 32), [(45, 61), (96, 64)]),
     "inline_cswin": (
         "inline_cswin_tiny",

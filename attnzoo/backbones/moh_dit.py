@@ -70,7 +70,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class MoHDiTBlock(nn.Module):
     """DiT's block (adaLN-zero) around `attn`: tokens [B, N, dim] and condition [B, dim] -> tokens."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float = 4.0, device: Any = None, dtype: Any = None) -> None:
+    def __init__(
+        self, dim: int, attn: nn.Module, mlp_ratio: float = 4.0, device: Any = None, dtype: Any = None
+    ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)

@@ -62,7 +62,12 @@ class AgentMixer(Mixer):
         return self.size
 
     def set_size(self, size: Size, key_size: Size) -> None:
-        rows = {"ah_bias": (3, key_size[0]), "aw_bias": (4, key_size[1]), "ha_bias": (2, size[0]), "wa_bias": (3, size[1])}
+        rows = {
+            "ah_bias": (3, key_size[0]),
+            "aw_bias": (4, key_size[1]),
+            "ha_bias": (2, size[0]),
+            "wa_bias": (3, size[1]),
+        }
         for name, (axis, count) in rows.items():
             old = getattr(self, name)
             shape = [*old.shape[:axis], count, *old.shape[axis + 1 :]]

@@ -70,7 +70,9 @@ class TokenMerge:
             if generator is None:
                 inside = torch.zeros(rows, columns, dtype=torch.long, device=device)
             else:
-                inside = torch.randint(sy * sx, (rows, columns), generator=generator, device=generator.device).to(device)
+                inside = torch.randint(sy * sx, (rows, columns), generator=generator, device=generator.device).to(
+                    device
+                )
             down = torch.arange(rows, device=device)[:, None] * sy + inside // sx
             along = torch.arange(columns, device=device) * sx + inside % sx
             is_source = torch.ones(count, dtype=torch.long, device=device)
@@ -151,15 +153,15 @@ class AgentCrossAttention(nn.Module):
                 f"tokens, context {context.shape[1]}"
             )
         context = x if context is None else context
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if uses_agents and agent is not None:
             agents = self.to_q(agent).unflatten(-1, (self.heads, -1))
             out = pooled_attention(q, k, v, agents, self.scale, query_scale=self.scale**self.k_scale2)
             out = out + self.k_shortcut * v
         else:
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=self.scale).transpose(1, 2)
+            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=self.scale).transpose(
+                1, 2
+            )
         return self.to_out(out.flatten(2))
 
 

@@ -178,9 +178,7 @@ class CSwin(LeveledModel):
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads must have one entry per stage ({len(depths)}), got {list(num_heads)}")
         self._schedule = attn_schedule(attn_type, depths, mixers)
-        self._splits = {
-            letter: [None if s is None else int(s) for s in given] for letter, given in split_sizes.items()
-        }
+        self._splits = {letter: [None if s is None else int(s) for s in given] for letter, given in split_sizes.items()}
         self.img_size: Size = to_2tuple(img_size)
         self.depths = tuple(depths)
         self.embed_dim = embed_dim
@@ -255,7 +253,9 @@ class CSwin(LeveledModel):
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    def set_input_size(self, img_size: int | Size, split_sizes: Mapping[str, Sequence[int | None]] | None = None) -> None:
+    def set_input_size(
+        self, img_size: int | Size, split_sizes: Mapping[str, Sequence[int | None]] | None = None
+    ) -> None:
         """Take images of another size: biases are resampled. Blocks of one branch keep spanning the map.
 
         split_sizes: new stripes per letter and stage for the blocks of two branches; None keeps them.

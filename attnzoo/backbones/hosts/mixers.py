@@ -143,7 +143,12 @@ def attn_schedule(attn_type: str, depths: Sequence[int], mixers: Mapping[str, An
     """
     method, plain = [*mixers, *mixers][:2]
     stages, rest = attn_type[: len(depths)], attn_type[len(depths) :]
-    if len(stages) != len(depths) or set(stages) - {*mixers, "M"} or ("M" in stages) != bool(rest) or rest.strip("0123456789"):
+    if (
+        len(stages) != len(depths)
+        or set(stages) - {*mixers, "M"}
+        or ("M" in stages) != bool(rest)
+        or rest.strip("0123456789")
+    ):
         raise ValueError(
             f"attn_type must have one letter of {', '.join(mixers)} or M per stage ({len(depths)}), and after them, where "
             f"there is an M, the number of its blocks that are {method}; got {attn_type!r}"

@@ -177,7 +177,9 @@ class PVT(LeveledModel):
 
     def smallest_input(self) -> tuple[int, int]:
         """The smallest (height, width) of an image whose maps, and their keys, are not empty."""
-        side = max(self.patch_size * 2**i * block.attn.sr_ratio for i in range(self.num_levels) for block in self._blocks(i))
+        side = max(
+            self.patch_size * 2**i * block.attn.sr_ratio for i in range(self.num_levels) for block in self._blocks(i)
+        )
         return side, side
 
     def _blocks(self, i: int) -> Any:
@@ -193,7 +195,10 @@ class PVT(LeveledModel):
         """timm's layer groups: the stem, then one group per block (coarse: per stage)."""
         between = (r"^(?:patch_embed|pos_embed)(\d+)", (0,))
         blocks = [between, (r"^block(\d+)\.(\d+)", None)]
-        return {"stem": r"^(?:patch_embed1|pos_embed1)", "blocks": r"^(?:block|patch_embed|pos_embed)(\d+)" if coarse else blocks}
+        return {
+            "stem": r"^(?:patch_embed1|pos_embed1)",
+            "blocks": r"^(?:block|patch_embed|pos_embed)(\d+)" if coarse else blocks,
+        }
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

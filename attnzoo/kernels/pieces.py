@@ -68,10 +68,17 @@ class Piece:
 
     def unfold(self, into: Tensor, tokens: slice, part: Tensor) -> None:
         """Write [batch * heads, repeats * tokens, ...] into [B, N, query heads, ...]."""
+        self.view(into, tokens).copy_(self.lay(part))
+
+    def view(self, tensor: Tensor, tokens: slice) -> Tensor:
+        """The piece's part of [B, N, query heads, ...] as it lies."""
+        return tensor[self.batch, tokens, self.query_heads]
+
+    def lay(self, part: Tensor) -> Tensor:
+        """[batch * heads, repeats * tokens, ...] as [batch, tokens, query heads, ...], as in `view`."""
         batch, heads = self.counts
-        rest = part.shape[2:]
-        own = part.reshape(batch, heads * self.repeats, part.shape[1] // self.repeats, *rest)
-        into[self.batch, tokens, self.query_heads] = own.transpose(1, 2)
+        own = part.reshape(batch, heads * self.repeats, part.shape[1] // self.repeats, *part.shape[2:])
+        return own.transpose(1, 2)
 
 
 def pieces(

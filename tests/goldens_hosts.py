@@ -140,7 +140,7 @@ def _run_moh_dit(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
 
 
 _RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
-    **{variant: _run_host for variant in _CLASSES},
+    **dict.fromkeys(_CLASSES, _run_host),
     "inline_attn_kernel": _run_inline_attention,
     "moh_dit": _run_moh_dit,
     "moh_dit_attn": _run_moh_attention,

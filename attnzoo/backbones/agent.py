@@ -2,12 +2,12 @@
 
 Paper: "Agent Attention: On the Integration of Softmax and Linear Attention", Han et al., ECCV 2024,
 https://arxiv.org/abs/2312.08874
-Code: https://github.com/LeapLabTHU/Agent-Attention (agent_transformer/), no licence file for it (Swin's and CSwin's parts are
-Microsoft's, MIT); written here from the formulas. The mathematics is in blocks/agent.py, the hosts in hosts/.
+Code: https://github.com/LeapLabTHU/Agent-Attention (agent_transformer/), no licence file for it (Swin's and CSwin's
+parts are Microsoft's, MIT); written here from the formulas. The mathematics is in blocks/agent.py, the hosts in hosts/.
 
 Differences from the authors' code:
-- `set_input_size` and `img_size=` take other and non-square sizes; biases and position embeddings are resampled, on load
-  too. At a call the size is the one built for, as in the authors' code, because the biases tie it.
+- `set_input_size` and `img_size=` take other and non-square sizes; biases and position embeddings are resampled, on
+  load too. At a call the size is the one built for, as in the authors' code, because the biases tie it.
 - AgentDeiT: agent blocks beyond the twelfth take agent_num's last entry (a KeyError there).
 - AgentPVT: a position embedding is resampled wherever the map differs (see hosts/pvt.py).
 - AgentSwin: window_size None means the first stage's whole map, which is what every published model has; windows larger
@@ -110,7 +110,7 @@ class AgentSwin(Swin):
         agent_num: Sequence[int | str] = (9, 16, 49, 49),
         **kwargs: Any,
     ) -> None:
-        mixers = {"A": agent_mixer(agent_num), "B": "softmax"}
+        mixers: dict[str, Any] = {"A": agent_mixer(agent_num), "B": "softmax"}
         super().__init__(img_size, *args, attn_type=attn_type, mixers=mixers, **kwargs)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from attnzoo.backbones.blocks.neighborhood import adapt_checkpoint
 from attnzoo.backbones.blocks.staged import NeighborhoodTransformer, PatchEmbed, PatchMerging, alternating

@@ -2,17 +2,17 @@
 
 Paper: "Bridging the Divide: Reconsidering Softmax and Linear Attention", Han et al., NeurIPS 2024,
 https://arxiv.org/abs/2412.06590
-Code: https://github.com/LeapLabTHU/InLine (models/), no licence file for it (Swin's and CSwin's parts are Microsoft's, MIT);
-written here from the formulas. The mathematics is in blocks/inline.py, the hosts in hosts/.
+Code: https://github.com/LeapLabTHU/InLine (models/), no licence file for it (Swin's and CSwin's parts are Microsoft's,
+MIT); written here from the formulas. The mathematics is in blocks/inline.py, the hosts in hosts/.
 
 Differences from the authors' code:
-- InLine attention ties no size: InLinePVT, InLineSwin and InLineCSwin take images of any size and shape (windows and maps
-  zero-padded where they do not fit, see the hosts). Only InLineDeiT's position embedding ties it: `img_size=`,
+- InLine attention ties no size: InLinePVT, InLineSwin and InLineCSwin take images of any size and shape (windows and
+  maps zero-padded where they do not fit, see the hosts). Only InLineDeiT's position embedding ties it: `img_size=`,
   `set_input_size`.
-- InLinePVT: a position embedding is resampled wherever the map differs (see hosts/pvt.py); la_sr_ratios above 1 in a stage
-  I is a ValueError (there it fails at the first call, with the class's own default).
-- InLineSwin: window_size None means the first stage's whole map, as every published model has it. InLine blocks ignore the
-  mask of shifted windows, as there.
+- InLinePVT: a position embedding is resampled wherever the map differs (see hosts/pvt.py); la_sr_ratios above 1 in a
+  stage I is a ValueError (there it fails at the first call, with the class's own default).
+- InLineSwin: window_size None means the first stage's whole map, as every published model has it. InLine blocks ignore
+  the mask of shifted windows, as there.
 - InLineCSwin: InLine blocks span the map, which are the only ones that work there; other stripes are a ValueError.
 - No attention dropout. The kernels "relu", "leakyrelu" and "exp", unreachable there, are `kernel_func`.
 """
@@ -64,7 +64,7 @@ class InLinePVT(PVT):
         kernel_func: str = "identity",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[misc]
             img_size,
             *args,
             num_heads=num_heads,
@@ -92,7 +92,7 @@ class InLineSwin(Swin):
         kernel_func: str = "identity",
         **kwargs: Any,
     ) -> None:
-        mixers = {"I": inline_mixer(kernel_func), "S": "softmax"}
+        mixers: dict[str, Any] = {"I": inline_mixer(kernel_func), "S": "softmax"}
         super().__init__(img_size, *args, attn_type=attn_type, mixers=mixers, **kwargs)
 
 

@@ -1,9 +1,9 @@
 """MoH-DiT: a diffusion transformer whose attention heads are mixed per token. No classifier, so no timm model.
 
-Paper: "MoH: Multi-Head Attention as Mixture-of-Head Attention", Jin et al., 2024, https://arxiv.org/abs/2410.11842; DiT:
-Peebles and Xie, ICCV 2023, arXiv:2212.09748.
-Code: https://github.com/SkyworkAI/MoH (MoH-DiT/models.py), Apache-2.0, after facebookresearch/DiT, CC BY-NC 4.0; written here
-from the formulas. Parameter names are the authors'.
+Paper: "MoH: Multi-Head Attention as Mixture-of-Head Attention", Jin et al., 2024, https://arxiv.org/abs/2410.11842;
+DiT: Peebles and Xie, ICCV 2023, arXiv:2212.09748.
+Code: https://github.com/SkyworkAI/MoH (MoH-DiT/models.py), Apache-2.0, after facebookresearch/DiT, CC BY-NC 4.0;
+written here from the formulas. Parameter names are the authors'.
 
     model = moh_dit("moh_dit_xl_2_90"); model.load_state_dict(published)
 
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import Attention, Mlp, PatchEmbed, to_2tuple
+from timm.layers import Attention, GELUTanh, Mlp, PatchEmbed, to_2tuple
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.mixture_of_heads import MoHAttention
@@ -40,11 +40,15 @@ class TimestepEmbedder(nn.Module):
         self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim, **dd), nn.SiLU(), nn.Linear(dim, dim, **dd))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def forward(self, t: Tensor) -> Tensor:
         half = self.frequencies // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angle = t.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -78,7 +82,7 @@ class MoHDiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"), **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=GELUTanh, **dd)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, **dd))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -180,18 +184,11 @@ class MoHDiT(nn.Module):
         with torch.no_grad():
             self.pos_embed.copy_(sincos_position(self.pos_embed.shape[-1], rows, columns)[None])
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (
-            self.y_embedder.embedding_table.weight,
-            self.t_embedder.mlp[0].weight,
-            self.t_embedder.mlp[2].weight,
-        ):
-            nn.init.normal_(weight, std=0.02)
-        for layer in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        for name, parameter in self.named_parameters():
+            if name in ("y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
+                nn.init.normal_(parameter, std=0.02)
+            elif "adaLN_modulation" in name or name.startswith("final_layer") or name == "x_embedder.proj.bias":
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         check_tensor("x", x, 4)
@@ -211,8 +208,8 @@ class MoHDiT(nn.Module):
         return x.reshape(-1, self.out_channels, rows * p, columns * p)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int = 3) -> Tensor:
-        """Classifier-free guidance: the first half of the batch is conditional, the second (same latents) unconditional.
-        Only the first `channels` channels are guided, as published."""
+        """Classifier-free guidance: the first half of the batch is conditional, the second (same latents)
+        unconditional. Only the first `channels` channels are guided, as published."""
         half = x[: len(x) // 2]
         out = self(torch.cat([half, half]), t, y)
         conditional, unconditional = out[:, :channels].chunk(2)
@@ -229,7 +226,7 @@ def _per_block(name: str, value: Any, depth: int) -> list[Any]:
 
 
 def sincos_position(dim: int, rows: int, columns: int) -> Tensor:
-    """Sines and cosines of the column in the first half of the channels, of the row in the second: [rows * columns, dim]."""
+    """Sines and cosines of the column in the first half of the channels, of the row in the second: [tokens, dim]."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = [at.flatten().double()[:, None] * omega for at in (column, row)]

@@ -34,6 +34,15 @@ class AgentMixer(Mixer):
     the authors' code ignores the one of shifted windows: agents are pooled across the seam.
     """
 
+    an_bias: Tensor
+    na_bias: Tensor
+    ah_bias: Tensor
+    aw_bias: Tensor
+    ha_bias: Tensor
+    wa_bias: Tensor
+    ac_bias: Tensor
+    ca_bias: Tensor
+
     def __init__(self, site: Site, agents: int = 49) -> None:
         super().__init__(site)
         side = int(agents**0.5)

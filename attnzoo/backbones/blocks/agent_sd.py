@@ -8,8 +8,8 @@ Code: https://github.com/LeapLabTHU/Agent-Attention (agentsd/), no licence file;
 
 Only where the agents are fewer than half of the tokens, else plain attention. Differences from the authors' code
 (`compat="official"` brings back what is marked *):
-- * token order: there an unstable sort decides the order of the destination and the source tokens, here it is ascending;
-  what comes back from `unmerge` is the same.
+- * token order: there an unstable sort decides the order of the destination and the source tokens, here it is
+  ascending; what comes back from `unmerge` is the same.
 - ratio 0 merges nothing (there the block fails, or takes a batch of two apart).
 - Nothing is patched: the layers are modules that take their agents as an argument.
 """
@@ -62,8 +62,8 @@ class TokenMerge:
         count = metric.shape[1]
         if height * width != count or not 1 <= sy <= height or not 1 <= sx <= width:
             raise ValueError(
-                f"height * width must be metric's {count} tokens and a cell of sy x sx fit into the map, got {height} x "
-                f"{width} and {sy} x {sx}"
+                f"height * width must be metric's {count} tokens and a cell of sy x sx fit into the map, got "
+                f"{height} x {width} and {sy} x {sx}"
             )
         with torch.no_grad():
             rows, columns, device = height // sy, width // sx, metric.device
@@ -100,7 +100,8 @@ class TokenMerge:
         return torch.cat([source[:, merged:], target], dim=1)
 
     def merge(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, N, C] -> (tokens [B, N - merged, C], agents [B, N - agent_merged, C], or None where they would be too many)."""
+        """[B, N, C] -> (tokens [B, N - merged, C], agents [B, N - agent_merged, C], or None where they would be
+        too many)."""
         return self._merge(x, self.merged), self._merge(x, self.agent_merged) if self.has_agents else None
 
     def unmerge(self, x: Tensor) -> Tensor:
@@ -144,8 +145,8 @@ class AgentCrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim, **dd), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, agent: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """x [B, N, query_dim]; agent [B, M, query_dim], used for self-attention where 2 M < N; context [B, K, context_dim]
-        or None for x."""
+        """x [B, N, query_dim]; agent [B, M, query_dim], used for self-attention where 2 M < N; context [B, K,
+        context_dim] or None for x."""
         uses_agents = agent is not None and 2 * agent.shape[1] < x.shape[1]
         if uses_agents and context is not None and context.shape[1] != x.shape[1]:
             raise ValueError(
@@ -159,16 +160,16 @@ class AgentCrossAttention(nn.Module):
             out = pooled_attention(q, k, v, agents, self.scale, query_scale=self.scale**self.k_scale2)
             out = out + self.k_shortcut * v
         else:
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=self.scale).transpose(
-                1, 2
-            )
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
         return self.to_out(out.flatten(2))
 
 
 class AgentSDBlock(nn.Module):
     """Stable Diffusion's transformer block with its self-attention on merged tokens and agents.
 
-    ratio, agent_ratio, sy, sx: see TokenMerge. max_downsample: maps that are further reduced from the latent stay whole.
+    ratio, agent_ratio, sy, sx: see TokenMerge. max_downsample: maps that are further reduced from the latent stay
+    whole.
     """
 
     def __init__(
@@ -198,13 +199,14 @@ class AgentSDBlock(nn.Module):
         self.ff = ff
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim, **dd) for _ in range(3))
         self.max_downsample = max_downsample
-        self.merging = {"ratio": ratio, "agent_ratio": agent_ratio, "sy": sy, "sx": sx, "compat": compat}
+        merging = {"ratio": ratio, "agent_ratio": agent_ratio, "sy": sy, "sx": sx, "compat": compat}
+        self.merging: dict[str, Any] = merging
 
     def forward(
         self, x: Tensor, context: Tensor, size: tuple[int, int], generator: torch.Generator | None = None
     ) -> Tensor:
-        """x [B, N, dim], context [B, K, context_dim], size (height, width) of the latent; generator as for TokenMerge (None
-        where the batch is odd)."""
+        """x [B, N, dim], context [B, K, context_dim], size (height, width) of the latent; generator as for TokenMerge
+        (None where the batch is odd)."""
         downsample = math.ceil(math.sqrt(size[0] * size[1] // x.shape[1]))
         normed = self.norm1(x)
         if downsample <= self.max_downsample:

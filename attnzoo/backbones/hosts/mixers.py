@@ -4,7 +4,8 @@ A host projects its tokens and cuts its windows; the mixer turns the projected q
 window (or of a whole map) into output tokens. It is chosen per block by the letters of `attn_type`:
 
     "AAAB"    one letter a stage
-    "AAMB2"   a stage M is mixed: its first 2 blocks take the method (the host's `method` letter), the others the plain one
+    "AAMB2"   a stage M is mixed: its first 2 blocks take the method (the first letter of `mixers`), the others the
+              plain one (the second)
 
 and each letter stands for a name in MIXERS or for a callable `Site -> Mixer`.
 """
@@ -90,7 +91,7 @@ class SoftmaxMixer(Mixer):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.rel_pos = RelPosBias(site.size, site.num_heads, **site.dd) if site.rel_pos_bias else None
+        self.rel_pos: Any = RelPosBias(site.size, site.num_heads, **site.dd) if site.rel_pos_bias else None
 
     @property
     def window(self) -> Size | None:
@@ -126,7 +127,7 @@ Factory = Callable[[Site], nn.Module]
 MIXERS: dict[str, Factory] = {"softmax": SoftmaxMixer}
 
 
-def make_mixer(mixers: Mapping[str, str | Factory], letter: str, site: Site) -> nn.Module:
+def make_mixer(mixers: Mapping[str, str | Factory], letter: str, site: Site) -> Any:
     """The mixer that `letter` stands for, at `site`."""
     check_choice("attn_type's letter", letter, mixers)
     chosen = mixers[letter]
@@ -150,8 +151,8 @@ def attn_schedule(attn_type: str, depths: Sequence[int], mixers: Mapping[str, An
         or rest.strip("0123456789")
     ):
         raise ValueError(
-            f"attn_type must have one letter of {', '.join(mixers)} or M per stage ({len(depths)}), and after them, where "
-            f"there is an M, the number of its blocks that are {method}; got {attn_type!r}"
+            f"attn_type must have one letter of {', '.join(mixers)} or M per stage ({len(depths)}), and after them, "
+            f"where there is an M, the number of its blocks that are {method}; got {attn_type!r}"
         )
     return [
         [(method if j < int(rest) else plain) if letter == "M" else letter for j in range(depth)]
@@ -164,13 +165,13 @@ def check_pinned(x: Tensor, img_size: Size, modules: nn.Module) -> None:
     if tuple(x.shape[2:]) != img_size and any(m.pinned for m in modules.modules() if isinstance(m, Mixer)):
         raise ValueError(
             f"x must be of img_size {img_size[0]} x {img_size[1]}, which this attention's biases are made for, got "
-            f"{x.shape[2]} x {x.shape[3]}: resize the images, build the model with img_size={tuple(x.shape[2:])}, or call "
-            f"set_input_size({tuple(x.shape[2:])}), which resamples the biases"
+            f"{x.shape[2]} x {x.shape[3]}: resize the images, build the model with img_size={tuple(x.shape[2:])}, or "
+            f"call set_input_size({tuple(x.shape[2:])}), which resamples the biases"
         )
 
 
 def resample_map(table: Tensor, old: Size, new: Size, num_prefix: int = 0) -> Tensor:
-    """A position embedding [1, P + h w, dim] brought to another map, bilinearly, as the authors do in the forward pass."""
+    """A position embedding [1, P + h w, dim] brought to another map, bilinearly, as the authors do."""
     if old == new:
         return table
     prefix, grid = table[:, :num_prefix], table[:, num_prefix:]
@@ -214,7 +215,7 @@ def host_checkpoint(
     return fitted
 
 
-def _fit_mixer(state: dict[str, Any], prefix: str, module: nn.Module) -> None:
+def _fit_mixer(state: dict[str, Any], prefix: str, module: Any) -> None:
     """Bring each table of one mixer in `state` to the size that it has in the model."""
     for name, parameter in module.named_parameters():
         given = state.get(f"{prefix}.{name}")

@@ -30,6 +30,8 @@ from attnzoo.backbones.blocks.staged import check_depths
 from attnzoo.backbones.hosts.mixers import Factory, Site, Size, attn_schedule, check_pinned, make_mixer, resample_map
 from attnzoo.errors import check_range
 
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
+
 
 class ReducedAttention(nn.Module):
     """Queries of a map [B, H, W, dim], keys and values of its sr_ratio times smaller convolution, a mixer, proj."""
@@ -44,7 +46,7 @@ class ReducedAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
         self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio, **dd) if sr_ratio > 1 else None
         self.norm = nn.LayerNorm(dim, **dd) if sr_ratio > 1 else None
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -103,7 +105,7 @@ class PVT(LeveledModel):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
         device: Any = None,
         dtype: Any = None,
     ) -> None:

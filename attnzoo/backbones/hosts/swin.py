@@ -70,7 +70,7 @@ class WindowAttention(nn.Module):
         self.window = window
         self.shift = window // 2 if shifted else 0
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias, **site.dd)
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.proj = nn.Linear(site.dim, site.dim, **site.dd)
         self.proj_drop = nn.Dropout(proj_drop)
 

@@ -23,7 +23,7 @@ class TokenAttention(nn.Module):
         super().__init__()
         self.size = site.size
         self.qkv = nn.Linear(site.dim, 3 * site.dim, bias=qkv_bias, **site.dd)
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.proj = nn.Linear(site.dim, site.dim, **site.dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -98,21 +98,21 @@ class HostViT(VisionTransformer):
             if kwargs.get(name):
                 raise UnsupportedError(f"{name} must be off, got {kwargs[name]!r}: use img_size= or set_input_size")
         image, patch = ((v, v) if isinstance(v, int) else tuple(v) for v in (img_size, patch_size))
-        block = partial(
+        block: Any = partial(
             HostBlock,
             letters=attn_schedule(attn_type, (depth,), mixers)[0],
             mixers=mixers,
             size=(image[0] // patch[0], image[1] // patch[1]),
             num_prefix=int(class_token) + reg_tokens,
         )
-        super().__init__(
+        super().__init__(  # type: ignore[misc]
             img_size,
             patch_size,
             *args,
             depth=depth,
             class_token=class_token,
             reg_tokens=reg_tokens,
-            block_fn=block,  # type: ignore[arg-type]
+            block_fn=block,
             **kwargs,
         )
 
@@ -134,8 +134,8 @@ class HostViT(VisionTransformer):
             raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
         if tuple(x.shape[2:]) != (height, width):
             raise ValueError(
-                f"x must be of img_size {height} x {width}, got {x.shape[2]} x {x.shape[3]}: resize the images, build the "
-                f"model with img_size={tuple(x.shape[2:])}, or call set_input_size({tuple(x.shape[2:])})"
+                f"x must be of img_size {height} x {width}, got {x.shape[2]} x {x.shape[3]}: resize the images, "
+                f"build the model with img_size={tuple(x.shape[2:])}, or call set_input_size({tuple(x.shape[2:])})"
             )
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnzoo import backbones
 from attnzoo.backbones.blocks.agent_sd import AgentCrossAttention, AgentSDBlock, TokenMerge
 from attnzoo.backbones.blocks.inline import InLineMixer
-from attnzoo.backbones.blocks.mixture_of_heads import MoHAttention
+from attnzoo.backbones.blocks.mixture_of_heads import MixedHeads, MoHAttention
 from attnzoo.backbones.hosts.mixers import Site
 from attnzoo.backbones.hosts.vit import TokenAttention
 from attnzoo.kernels.dispatch import use_backend
@@ -139,9 +139,34 @@ def _run_moh_dit(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, 
     return {**got, "output": model(x, tensors["t"], tensors["y"])}
 
 
+def _run_moh_vit(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    from attnzoo.backbones.moh_transnext import MoHTransNeXt
+
+    config = {k: v for k, v in meta["config"].items() if k not in ("class", "norm_layer")}
+    eps = float(str(meta["config"].get("norm_layer", "")).partition("eps=")[2].rstrip(")") or 1e-5)
+    x, got = tensors["input"], {}
+    model = _load(MoHTransNeXt(**config, norm_layer=partial(nn.LayerNorm, eps=eps)), tensors, x.dtype)
+    _tap(model, meta, got)
+    return {**got, "output": model(x)}
+
+
+def _run_moh_vit_attention(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    from attnzoo.backbones.blocks.aggregated import CosineAttention
+
+    c, x = meta["config"], tensors["input"]
+    cosine = CosineAttention(c["dim"], c["num_heads"], qkv_bias=c["qkv_bias"], pretrain_size=(c["H"], c["W"]))
+    layer = MixedHeads(cosine, c["dim"], c["num_heads"], c["shared_head"], c["routed_head"]).to(x.dtype)
+    ours = ("proj.", "wg.", "wg_0.", "wg_1.")
+    state = {k if k.startswith(ours) else f"inner.{k}": v for k, v in _states(tensors).items()}
+    layer.load_state_dict(state, strict=True)
+    return {"output": layer(x.unflatten(1, (c["H"], c["W"]))).flatten(1, 2)}
+
+
 _RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
     **dict.fromkeys(_CLASSES, _run_host),
     "inline_attn_kernel": _run_inline_attention,
+    "moh_vit": _run_moh_vit,
+    "moh_vit_attn": _run_moh_vit_attention,
     "moh_dit": _run_moh_dit,
     "moh_dit_attn": _run_moh_attention,
     "agentsd_attn": _run_sd_attention,

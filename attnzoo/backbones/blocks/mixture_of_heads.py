@@ -154,3 +154,33 @@ class MoHAttention(nn.Module, HeadRouter):
         out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v).transpose(1, 2)
         out = out * self.head_gates(x)[..., None].to(out.dtype)
         return self.proj_drop(self.proj(out.flatten(2)))
+
+
+class MixedHeads(nn.Module, HeadRouter):
+    """Mixture of heads around any attention that ends in `proj` and `proj_drop`, timm's own among them.
+
+    attn: called with the tokens alone, [..., dim] -> [..., dim]; its output projection is taken over.
+    dim, num_heads, shared_head, routed_head: as for MoHAttention.
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        dim: int,
+        num_heads: int,
+        shared_head: int = 0,
+        routed_head: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.proj: Any = attn.proj
+        self.proj_drop: Any = attn.proj_drop
+        attn.proj = attn.proj_drop = nn.Identity()
+        self.inner = attn
+        self._init_router(dim, num_heads, shared_head, routed_head, {"device": device, "dtype": dtype})
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x).unflatten(-1, (self.num_heads, -1))
+        return self.proj_drop(self.proj((out * self.head_gates(x)[..., None].to(out.dtype)).flatten(-2)))

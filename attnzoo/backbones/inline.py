@@ -2,7 +2,7 @@
 
 Paper: "Bridging the Divide: Reconsidering Softmax and Linear Attention", Han et al., NeurIPS 2024,
 https://arxiv.org/abs/2412.06590
-Code: https://github.com/LeapLabTHU/InLine (models/), no licence file for it (Swin's and CSwin's parts are Microsoft's,
+Code: https://github.com/LeapLabTHU/InLine (models/), licence not verified (Swin's and CSwin's parts are Microsoft's,
 MIT); written here from the formulas. The mathematics is in blocks/inline.py, the hosts in hosts/.
 
 Differences from the authors' code:

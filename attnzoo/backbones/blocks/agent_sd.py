@@ -2,7 +2,7 @@
 
 Paper: "Agent Attention: On the Integration of Softmax and Linear Attention", Han et al., ECCV 2024, arXiv:2312.08874,
 section 5.3; the merging is ToMe for Stable Diffusion, Bolya and Hoffman, arXiv:2303.17604.
-Code: https://github.com/LeapLabTHU/Agent-Attention (agentsd/), no licence file; written here from the formulas.
+Code: https://github.com/LeapLabTHU/Agent-Attention (agentsd/), licence not verified; written here from the formulas.
 
     out = softmax(s ** k2 q A^T) softmax(s A k^T) v + shortcut v,  s = head_dim ** -0.5, A = to_q(agent tokens)
 

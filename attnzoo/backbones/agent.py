@@ -2,7 +2,7 @@
 
 Paper: "Agent Attention: On the Integration of Softmax and Linear Attention", Han et al., ECCV 2024,
 https://arxiv.org/abs/2312.08874
-Code: https://github.com/LeapLabTHU/Agent-Attention (agent_transformer/), no licence file for it (Swin's and CSwin's
+Code: https://github.com/LeapLabTHU/Agent-Attention (agent_transformer/), licence not verified (Swin's and CSwin's
 parts are Microsoft's, MIT); written here from the formulas. The mathematics is in blocks/agent.py, the hosts in hosts/.
 
 Differences from the authors' code:

@@ -17,14 +17,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from attnzoo.backbones import transnext
 from attnzoo.backbones.blocks.mixture_of_heads import MixedHeads
 from attnzoo.backbones.blocks.neighborhood import init_weights
+from attnzoo.backbones.transnext import TransNeXt
+from attnzoo.backbones.transnext import checkpoint_filter_fn as transnext_checkpoint
 
 __all__ = ["MoHTransNeXt", "checkpoint_filter_fn"]
 
 
-class MoHTransNeXt(transnext.TransNeXt):
+class MoHTransNeXt(TransNeXt):
     """TransNeXt with mixed heads; arguments as for `TransNeXt`, and
 
     shared_head, routed_head: per stage, heads that every token uses, and heads that it chooses of the others (0 where
@@ -52,7 +53,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """The authors' checkpoint (or one of ours) for `model`: TransNeXt's parameters lie under attn.inner."""
     own = model.state_dict()
     fitted = {}
-    for name, value in transnext.checkpoint_filter_fn(state_dict, model).items():
+    for name, value in transnext_checkpoint(state_dict, model).items():
         inner = name.replace(".attn.", ".attn.inner.")
         fitted[inner if name not in own and inner in own else name] = value
     return fitted

@@ -20,6 +20,11 @@ _NAT = {
     "dilations": ((1, 2), (1,)),
 }
 _ISO = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 40, "patch_size": 8}
+_VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": (32, 40), "patch_size": 8, "mlp_ratio": 2.0}
+_PVT = {"embed_dims": (8, 16), "depths": (2, 1), "num_heads": (2, 2), "mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
+_SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "mlp_ratio": 2.0}
+_CSWIN = {**_SWIN, "split_size": (2, 2)}
+_AGENT = {"img_size": (48, 32), "agent_num": (4, 9)}
 
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -27,4 +32,32 @@ FAMILIES: dict[str, Family] = {
     "dinat_s": ("dinat_s_tiny", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "nat_isotropic": ("nat_isotropic_small", {**_ISO, "kernel_size": 3}, (40, 40), "img_size 40 x 40"),
     "vitrpb": ("vitrpb_small", _ISO, (40, 40), "img_size 40 x 40"),
+    "agent_deit": ("agent_deit_tiny", {**_VIT, "agent_num": (4, 4, 4, 4)}, (32, 40), "set_input_size"),
+    "agent_pvt": (
+        "agent_pvt_tiny",
+        {**_PVT, **_AGENT, "attn_type": "AB", "agent_sr_ratios": "21"},
+        (48, 32),
+        "set_input",
+    ),
+    "agent_swin": ("agent_swin_tiny", {**_SWIN, **_AGENT, "attn_type": "AM1"}, (48, 32), "set_input_size"),
+    "agent_cswin": (
+        "agent_cswin_tiny",
+        {**_CSWIN, **_AGENT, "attn_type": "MA1", "la_split_size": (2, None)},
+        (48, 32),
+        "set_input_size",
+    ),
+    "inline_deit": ("inline_deit_tiny", _VIT, (32, 40), "set_input_size"),
+    "inline_pvt": (
+        "inline_pvt_tiny",
+        {**_PVT, "img_size": 32, "attn_type": "IS", "la_sr_ratios": "11"},
+        (48, 32),
+        [(45, 61)],
+    ),
+    "inline_swin": ("inline_swin_tiny", {**_SWIN, "img_size": 32, "attn_type": "IM1"}, (48, 32), [(45, 61), (96, 64)]),
+    "inline_cswin": (
+        "inline_cswin_tiny",
+        {**_CSWIN, "img_size": 32, "attn_type": "MI1", "la_split_size": (None, None)},
+        (48, 32),
+        [(45, 61), (27, 25)],
+    ),
 }

@@ -43,7 +43,9 @@ _MODULES = {
     "goldens_vlm": ("var", "pai"),
 }
 # Variants (file stems without number) that are not run in float64, and why.
-FLOAT32_ONLY: dict[str, str] = {}
+FLOAT32_ONLY: dict[str, str] = {
+    "moh_vit": "the authors' float32 output of moh_vit_1 is 8.7e-6 (max_abs_vs_fp64) off their own float64 one",
+}
 _HERE = Path(__file__).resolve().parent
 SYSTEMS = {
     system: module for module, systems in _MODULES.items() if (_HERE / f"{module}.py").exists() for system in systems

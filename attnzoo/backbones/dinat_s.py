@@ -14,45 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
 from attnzoo.backbones.blocks.neighborhood import adapt_checkpoint
-from attnzoo.backbones.blocks.staged import PatchEmbed, StagedTransformer, alternating
+from attnzoo.backbones.blocks.staged import NeighborhoodTransformer, PatchEmbed, PatchMerging, alternating
 from attnzoo.errors import check_range
 
 __all__ = ["DiNAT_s", "PatchMerging", "checkpoint_filter_fn"]
 
 
-class PatchMerging(nn.Module):
-    """2 x 2 neighbours concatenated, norm, Linear without bias: [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), 2 dim]."""
-
-    def __init__(
-        self,
-        dim: int,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
-        self.norm = norm_layer(4 * dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        below, right = x.shape[1] % 2, x.shape[2] % 2
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
-        # Columns are the slower axis of the concatenation: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
-        return self.reduction(self.norm(x))
-
-
-class DiNAT_s(StagedTransformer):
-    """DiNAT_s; arguments as for `StagedTransformer`, and
+class DiNAT_s(NeighborhoodTransformer):
+    """DiNAT_s; arguments as for `NeighborhoodTransformer`, and
 
     patch_size: side of the square patches.
     patch_norm: norm after the patch embedding.

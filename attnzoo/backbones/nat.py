@@ -26,7 +26,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.neighborhood import adapt_checkpoint
-from attnzoo.backbones.blocks.staged import StagedTransformer, alternating
+from attnzoo.backbones.blocks.staged import NeighborhoodTransformer, alternating
 
 __all__ = ["NAT", "ConvDownsampler", "ConvTokenizer", "DiNAT", "checkpoint_filter_fn"]
 
@@ -78,8 +78,8 @@ class ConvDownsampler(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class NAT(StagedTransformer):
-    """Neighborhood Attention Transformer; arguments as for `StagedTransformer`."""
+class NAT(NeighborhoodTransformer):
+    """Neighborhood Attention Transformer; arguments as for `NeighborhoodTransformer`."""
 
     stages_name = "levels"
 

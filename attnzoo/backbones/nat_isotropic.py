@@ -135,7 +135,7 @@ class NATIsotropic(LeveledModel):
     Args:
         img_size: side of the square images, or (side, side).
         patch_size: side of the square patches.
-        in_chans, num_classes, global_pool: as for StagedTransformer.
+        in_chans, num_classes, global_pool: as for NeighborhoodTransformer.
         embed_dim: channels.
         depth: blocks.
         num_heads: heads of every block.
@@ -144,7 +144,7 @@ class NATIsotropic(LeveledModel):
         kernel_size, dilation: of neighborhood attention; odd-numbered blocks (the second, the fourth ...) are dilated.
             None is 1; both unused where attn is "global".
         patch_norm: norm after the patch embedding.
-        qkv_bias, rel_pos_bias, scale, layer_scale, norm_layer, pad_small and the rates: as for StagedTransformer
+        qkv_bias, rel_pos_bias, scale, layer_scale, norm_layer, pad_small and the rates: as for NeighborhoodTransformer
             (ViT-RPB always has its bias).
         dynamic_img_size: take images of any size; the bias of ViT-RPB is then resampled where the size differs.
 

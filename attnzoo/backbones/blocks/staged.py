@@ -1,7 +1,8 @@
-"""The four-stage body that NAT, DiNAT and DiNAT_s share, with timm's model contract.
+"""The staged body that NAT, DiNAT, DiNAT_s and the Swin host share, with timm's model contract.
 
-A family subclasses `StagedTransformer` and says how images become tokens, how one stage leads to the next, and under
-which name its published checkpoints keep the stages.
+A family subclasses `StagedTransformer` and says how images become tokens, how one stage leads to the next, what the
+attention of each block is, and under which name its published checkpoints keep the stages.
+`NeighborhoodTransformer` has neighborhood attention.
 """
 
 from __future__ import annotations
@@ -48,31 +49,23 @@ class Stage(nn.Module):
 
 
 class StagedTransformer(LeveledModel):
-    """Tokens, stages of neighborhood attention blocks, norm, mean over tokens, Linear.
+    """Tokens, stages of pre-norm blocks, norm, mean over tokens, Linear.
 
     Args:
         embed_dim: channels of the first stage; each further stage has twice as many.
         depths: blocks per stage.
         num_heads: heads per stage.
         mlp_ratio: hidden width of the MLPs over the channels.
-        kernel_size: attention window, one int or (height, width).
-        dilations: per stage, the dilation of each block; None is 1 everywhere (and so is a None in it).
+        attention: called with stage, block, dim, heads; returns that block's attention, [B, H, W, dim] to the same.
         num_classes: 0 for no head.
         in_chans: image channels.
         global_pool: "avg", or "" to keep the map.
-        rel_pos_bias, qkv_bias, scale: see NeighborhoodAttention2D.
         layer_scale: initial layer scale, None for none.
         drop_rate: dropout before the head.
         pos_drop_rate: dropout after the patch embedding.
-        proj_drop_rate: dropout of attention outputs and in the MLPs. (The authors' single drop_rate, 0 in every
-            published model, is these last two.)
-        attn_drop_rate: must be 0.0.
+        proj_drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         norm_layer: called with a channel count.
-        pad_small: pad maps smaller than kernel_size * dilation instead of refusing them; see NeighborhoodAttention2D.
-            `features_only=True` turns it on by default.
-
-    Raises ValueError for an input too small for a window, unless pad_small.
     """
 
     stages_name: ClassVar[str]
@@ -84,29 +77,23 @@ class StagedTransformer(LeveledModel):
         depths: Sequence[int],
         num_heads: Sequence[int],
         mlp_ratio: float = 4.0,
-        kernel_size: int | tuple[int, int] = 7,
-        dilations: Sequence[Sequence[int | None] | None] | None = None,
         *,
+        attention: Callable[[int, int, int, int], nn.Module],
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
-        rel_pos_bias: bool = True,
-        qkv_bias: bool = True,
-        scale: float | None = None,
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        pad_small: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        schedule = _dilation_schedule(depths, dilations)
+        check_depths(depths)
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads must have one entry per stage ({len(depths)}), got {list(num_heads)}")
         check_range("drop_path_rate", drop_path_rate, 0.0, 1.0)
@@ -117,24 +104,12 @@ class StagedTransformer(LeveledModel):
 
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         stages, self.feature_info = [], []
-        for i, (heads, stage_dilations) in enumerate(zip(num_heads, schedule)):
+        for i, (depth, heads) in enumerate(zip(depths, num_heads)):
             dim = embed_dim * 2**i
             blocks = [
                 NeighborhoodBlock(
                     dim,
-                    NeighborhoodAttention2D(
-                        dim,
-                        heads,
-                        kernel_size,
-                        dilation,
-                        rel_pos_bias=rel_pos_bias,
-                        qkv_bias=qkv_bias,
-                        scale=scale,
-                        attn_drop=attn_drop_rate,
-                        proj_drop=proj_drop_rate,
-                        pad_small=pad_small,
-                        **dd,
-                    ),
+                    attention(i, j, dim, heads),
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=next(rates),
@@ -142,7 +117,7 @@ class StagedTransformer(LeveledModel):
                     norm_layer=norm_layer,
                     **dd,
                 )
-                for dilation in stage_dilations
+                for j in range(depth)
             ]
             stages.append(Stage(blocks, self._downsample(dim, norm_layer, dd) if i < len(depths) - 1 else None))
             reduction = self.patch_size * 2**i
@@ -180,6 +155,88 @@ class StagedTransformer(LeveledModel):
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
+    @property
+    def num_levels(self) -> int:
+        return len(self.stages)
+
+    def _enter(self, i: int, x: Tensor) -> Tensor:
+        return self.pos_drop(self.patch_embed(x)) if i == 0 else self.stages[i - 1].downsample(x)
+
+    def _level(self, i: int, x: Tensor) -> Tensor:
+        return self.stages[i].forward_blocks(x)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def _keep_levels(self, count: int) -> None:
+        setattr(self, self.stages_name, self.stages[:count])
+        self.stages[-1].downsample = None
+
+
+class NeighborhoodTransformer(StagedTransformer):
+    """`StagedTransformer` (all of its arguments) with neighborhood attention, and
+
+    kernel_size: attention window, one int or (height, width).
+    dilations: per stage, the dilation of each block; None is 1 everywhere (and so is a None in it).
+    rel_pos_bias, qkv_bias, scale: see NeighborhoodAttention2D.
+    proj_drop_rate: dropout of attention outputs and in the MLPs. (The authors' single drop_rate, 0 in every published
+        model, is this and pos_drop_rate.)
+    attn_drop_rate: must be 0.0.
+    pad_small: pad maps smaller than kernel_size * dilation instead of refusing them; see NeighborhoodAttention2D.
+        `features_only=True` turns it on by default.
+
+    Raises ValueError for an input too small for a window, unless pad_small.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        mlp_ratio: float = 4.0,
+        kernel_size: int | tuple[int, int] = 7,
+        dilations: Sequence[Sequence[int | None] | None] | None = None,
+        *,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        pad_small: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        schedule = _dilation_schedule(depths, dilations)
+
+        def attention(stage: int, block: int, dim: int, heads: int) -> nn.Module:
+            return NeighborhoodAttention2D(
+                dim,
+                heads,
+                kernel_size,
+                schedule[stage][block],
+                rel_pos_bias=rel_pos_bias,
+                qkv_bias=qkv_bias,
+                scale=scale,
+                attn_drop=attn_drop_rate,
+                proj_drop=proj_drop_rate,
+                pad_small=pad_small,
+                device=device,
+                dtype=dtype,
+            )
+
+        super().__init__(
+            embed_dim,
+            depths,
+            num_heads,
+            mlp_ratio,
+            attention=attention,
+            proj_drop_rate=proj_drop_rate,
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+
     def smallest_input(self) -> tuple[int, int]:
         """The smallest (height, width) of an image whose maps hold every window without padding."""
         needs = [need for i in range(len(self.stages)) for need in self._needs(i)]
@@ -206,30 +263,18 @@ class StagedTransformer(LeveledModel):
                         "build the model with pad_small=True"
                     )
 
-    @property
-    def num_levels(self) -> int:
-        return len(self.stages)
 
-    def _enter(self, i: int, x: Tensor) -> Tensor:
-        return self.pos_drop(self.patch_embed(x)) if i == 0 else self.stages[i - 1].downsample(x)
-
-    def _level(self, i: int, x: Tensor) -> Tensor:
-        return self.stages[i].forward_blocks(x)
-
-    def _finish(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-    def _keep_levels(self, count: int) -> None:
-        setattr(self, self.stages_name, self.stages[:count])
-        self.stages[-1].downsample = None
+def check_depths(depths: Sequence[int]) -> None:
+    """ValueError unless there is a stage and each has a block."""
+    if not depths or min(depths) < 1:
+        raise ValueError(f"depths must hold at least one stage of at least one block, got {list(depths)}")
 
 
 def _dilation_schedule(
     depths: Sequence[int], dilations: Sequence[Sequence[int | None] | None] | None
 ) -> list[list[int]]:
     """The dilation of every block, per stage; ValueError where the lengths disagree with `depths`."""
-    if not depths or min(depths) < 1:
-        raise ValueError(f"depths must hold at least one stage of at least one block, got {list(depths)}")
+    check_depths(depths)
     rows = [None] * len(depths) if dilations is None else list(dilations)
     if len(rows) != len(depths):
         raise ValueError(f"dilations must have one entry per stage ({len(depths)}), got {len(rows)}: {dilations}")
@@ -273,3 +318,27 @@ class PatchEmbed(nn.Module):
         if below or right:
             x = F.pad(x, (0, right, 0, below))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """2 x 2 neighbours concatenated, norm, Linear without bias: [B, H, W, dim] -> [B, ceil(H/2), ceil(W/2), 2 dim]."""
+
+    def __init__(
+        self,
+        dim: int,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
+        self.norm = norm_layer(4 * dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        below, right = x.shape[1] % 2, x.shape[2] % 2
+        if below or right:
+            x = F.pad(x, (0, 0, 0, right, 0, below))
+        # Columns are the slower axis of the concatenation: (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        return self.reduction(self.norm(x))

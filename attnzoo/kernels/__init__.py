@@ -1,6 +1,7 @@
 """The floor: one function per attention operation, on CPU and GPU, with one meaning whichever back end serves it.
 
     neighborhood_attention   1-D, 2-D, 3-D sliding windows (na1d, na2d, na3d: NATTEN's names); neighborhood_logits
+    block_sparse_attention   attention over listed blocks of keys; BlockSparsity, axis_order, tile_order
     edited_attention         attention whose softmax is edited for some rows; grouped_attention, combine_groups,
                              group_masses, attention_probs, attention_column_sums, Visibility
     merge_attentions         partial results joined by their lse
@@ -9,6 +10,7 @@
 torch is needed, triton only by the back end of that name.
 """
 
+from attnzoo.kernels.block_sparse_attention import BlockSparsity, axis_order, block_sparse_attention, tile_order
 from attnzoo.kernels.dispatch import BACKENDS, not_supported_reasons, use_backend
 from attnzoo.kernels.edited_attention import (
     Visibility,
@@ -24,9 +26,12 @@ from attnzoo.kernels.neighborhood_attention import na1d, na2d, na3d, neighborhoo
 
 __all__ = [
     "BACKENDS",
+    "BlockSparsity",
     "Visibility",
     "attention_column_sums",
     "attention_probs",
+    "axis_order",
+    "block_sparse_attention",
     "combine_groups",
     "edited_attention",
     "group_masses",
@@ -38,5 +43,6 @@ __all__ = [
     "neighborhood_attention",
     "neighborhood_logits",
     "not_supported_reasons",
+    "tile_order",
     "use_backend",
 ]

@@ -1,0 +1,297 @@
+"""The CPU path: batched matrix products over the gathered blocks of keys, a few query blocks at a time.
+
+Per head keys and values are laid out once, block by block along the order. Query blocks with lists of one length go
+together; their key blocks are copied side by side into a buffer that stays in the processor's cache, and one product
+gives all their logits. Held at a time: SCORE_ELEMENTS logits, or those of one query block where that is more, the
+gathered rows beside them, and one head's keys, values and outputs. The gradient recomputes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.kernels.block_sparse_attention.problem import Call
+from attnzoo.kernels.block_sparse_attention.sparsity import cut
+
+INF = float("inf")
+SCORE_ELEMENTS = 1 << 17
+
+
+class _Buffers:
+    """Memory that is used again and again, by name."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.kept: dict[str, Tensor] = {}
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor of `shape`; the last one of that name is overwritten."""
+        count = 1
+        for size in shape:
+            count *= size
+        if name not in self.kept or self.kept[name].numel() < count:
+            self.kept[name] = torch.empty(count, dtype=self.dtype)
+        return self.kept[name][:count].view(shape)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side of one head of one batch entry: where its tokens stand, and how they are cut."""
+
+    order: Tensor | None  # int64 [N]
+    num_tokens: int
+    block: int
+
+    def cut(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [N, ...] as blocks [n, block, ...] along the order, zeros beyond the end."""
+        blocks = cut(self.num_tokens, self.block)
+        made = torch.empty((blocks * self.block, *rows.shape[1:]), dtype=dtype)
+        made[: self.num_tokens] = rows if self.order is None else rows.index_select(0, self.order)
+        made[self.num_tokens :] = 0
+        return made.unflatten(0, (blocks, self.block))
+
+    def put(self, into: Tensor, blocks: Tensor) -> None:
+        """The inverse of `cut`, into rows [N, ...]."""
+        rows = blocks.flatten(0, 1)[: self.num_tokens].to(into.dtype)
+        if self.order is None:
+            into.copy_(rows)
+        else:
+            into[self.order] = rows
+
+    def tokens(self) -> Tensor:
+        """int64 [n, block]: which token stands where; num_tokens beyond the end."""
+        blocks = cut(self.num_tokens, self.block)
+        made = torch.full((blocks * self.block,), self.num_tokens)
+        made[: self.num_tokens] = torch.arange(self.num_tokens) if self.order is None else self.order
+        return made.view(blocks, self.block)
+
+
+def _sides(call: Call, head: int) -> tuple[_Side, _Side]:
+    """The query and the key side of a query head."""
+    heads, heads_kv = call.query.shape[2], call.key.shape[2]
+    found = []
+    for order, own, size, block in (
+        (call.query_order, head, call.query.shape[1], call.block_q),
+        (call.key_order, head // (heads // heads_kv), call.key.shape[1], call.block_k),
+    ):
+        found.append(_Side(None if order is None else order[own if len(order) > 1 else 0].long(), size, block))
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Query blocks `rows` whose lists are all `length` long: blocks [G, length], and the pairs that are visible."""
+
+    rows: Tensor
+    blocks: Tensor
+    length: int
+    seen: Tensor | None  # bool, broadcastable to [G, block_q, length * block_k]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The lists of one query head of one batch entry, and which keys and pairs a listed block does not show."""
+
+    call: Call
+    counts: Tensor  # [nq]
+    indices: Tensor  # [nq, width]
+    tile_ids: Tensor | None
+    pool: Tensor | None  # tiles, and an all-visible one at the end
+    real: Tensor | None  # bool [nk, block_k]; None: all
+    query_tokens: Tensor | None  # [nq, block_q], where is_causal
+    key_tokens: Tensor | None
+
+    def groups(self) -> Iterator[_Group]:
+        """Query blocks with at least one key block."""
+        area = self.call.block_q * self.call.block_k
+        order = self.counts.argsort(stable=True)
+        lengths, numbers = torch.unique_consecutive(self.counts[order], return_counts=True)
+        first = 0
+        for length, number in zip(lengths.tolist(), numbers.tolist()):
+            rows = order[first : first + number]
+            first += number
+            if length == 0:
+                continue
+            step = max(1, SCORE_ELEMENTS // (area * length))
+            for some in rows.split(step):
+                yield self._group(some, length)
+
+    def _group(self, rows: Tensor, length: int) -> _Group:
+        blocks = self.indices[rows, :length]
+        seen: Tensor | None = None
+        if self.real is not None:
+            real = self.real[blocks]
+            seen = None if bool(real.all()) else real.flatten(1)[:, None, :]
+        if self.query_tokens is not None and self.key_tokens is not None:
+            last = self.query_tokens[rows] + self.call.key.shape[1] - self.call.query.shape[1]
+            early = self.key_tokens[blocks].flatten(1)[:, None, :] <= last[:, :, None]
+            seen = early if seen is None else seen & early
+        if self.tile_ids is not None and self.pool is not None:
+            number = self.tile_ids[rows, :length]
+            if bool((number >= 0).any()):
+                number = number.where(number >= 0, len(self.pool) - 1)
+                tile = self.pool[number].transpose(1, 2).flatten(2)
+                seen = tile if seen is None else seen & tile
+        return _Group(rows, blocks, length, seen)
+
+
+def _head(call: Call, b: int, head: int, sides: tuple[_Side, _Side], pool: Tensor | None) -> _Head:
+    def own(tensor: Tensor) -> Tensor:
+        return tensor[b if tensor.shape[0] > 1 else 0, head if tensor.shape[1] > 1 else 0].long()
+
+    queries, keys = sides
+    real: Tensor | None = None
+    if call.key_mask is not None:
+        real = keys.cut(call.key_mask[b if len(call.key_mask) > 1 else 0], torch.bool)
+    elif keys.num_tokens % keys.block:
+        real = keys.tokens() < keys.num_tokens
+    return _Head(
+        call,
+        own(call.counts),
+        own(call.indices),
+        None if call.tile_ids is None else own(call.tile_ids),
+        pool,
+        real,
+        queries.tokens() if call.is_causal else None,
+        keys.tokens() if call.is_causal else None,
+    )
+
+
+def _pool(call: Call) -> Tensor | None:
+    if call.tiles is None:
+        return None
+    return torch.cat([call.tiles, torch.ones_like(call.tiles[:1])])
+
+
+def _gather(blocks: Tensor, group: _Group, buffers: _Buffers, name: str) -> Tensor:
+    """The group's key blocks side by side, [G, length * block_k, D]."""
+    into = buffers.get(name, group.blocks.numel(), *blocks.shape[1:])
+    torch.index_select(blocks, 0, group.blocks.flatten(), out=into)
+    return into.view(len(group.rows), -1, blocks.shape[2])
+
+
+def _logits(q: Tensor, k: Tensor, group: _Group, buffers: _Buffers, factor: Tensor | None) -> Tensor:
+    """[G, block_q, length * block_k] of q [G, block_q, D], scaled, and gathered keys; -inf where not visible.
+
+    factor: per pair of blocks [G, length], for 8-bit rows.
+    """
+    s = torch.bmm(q, k.transpose(1, 2), out=buffers.get("logits", q.shape[0], q.shape[1], k.shape[1]))
+    if factor is not None:
+        s.unflatten(2, (group.length, -1)).mul_(factor[:, None, :, None])
+    if group.seen is not None:
+        s.masked_fill_(~group.seen, -INF)
+    return s
+
+
+def _dropped(s: Tensor, length: int, threshold: float, real: Tensor) -> Tensor:
+    """bool [G, length]: blocks whose values don't count, for logits [G, block_q, length * block_k].
+
+    real: bool [G, block_q], False for the rows beyond the end, which have no say.
+    """
+    tops = s.unflatten(2, (length, -1)).amax(-1)
+    counts = (tops + threshold >= tops.cummax(-1).values) & (tops > -INF) & real[:, :, None]
+    return ~counts.any(1)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Nq, H, Dv] in query's dtype and lse [B, Nq, H]."""
+    batch, num_queries, heads, _ = call.query.shape
+    heads_kv, dim_v = call.value.shape[2:]
+    out = call.query.new_empty(batch, num_queries, heads, dim_v)
+    lse = call.query.new_empty(batch, num_queries, heads, dtype=call.dtype)
+    buffers, pool = _Buffers(call.dtype), _pool(call)
+    int8 = call.query_int8 is not None
+    query, key = (call.query, call.key) if call.query_int8 is None else (call.query_int8, call.key_int8)
+    assert key is not None
+    blocks_k = blocks_v = call.key
+    for b in range(batch):
+        for head in range(heads):
+            head_kv = head // (heads // heads_kv)
+            queries, keys = sides = _sides(call, head)
+            if head % (heads // heads_kv) == 0:
+                blocks_k = keys.cut(key[b, :, head_kv], call.dtype)
+                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype)
+            lists = _head(call, b, head, sides, pool)
+            blocks_q = queries.cut(query[b, :, head], call.dtype)
+            real = (queries.tokens() < num_queries) if call.skip_threshold is not None else None
+            if not int8:
+                blocks_q.mul_(call.scale)
+            made = torch.zeros(len(blocks_q), call.block_q, dim_v, dtype=call.dtype)
+            totals = torch.full((len(blocks_q), call.block_q), -INF, dtype=call.dtype)
+            for group in lists.groups():
+                factor = None
+                if call.query_scale is not None and call.key_scale is not None:
+                    factor = call.query_scale[b, head][group.rows, None] * call.key_scale[b, head_kv][group.blocks]
+                    factor = factor * call.scale
+                s = _logits(blocks_q[group.rows], _gather(blocks_k, group, buffers, "key"), group, buffers, factor)
+                dropped = None
+                if call.skip_threshold is not None and real is not None:
+                    dropped = _dropped(s, group.length, call.skip_threshold, real[group.rows])
+                top = s.amax(-1, keepdim=True)
+                top.masked_fill_(top == -INF, 0.0)
+                s.sub_(top).exp_()
+                total = s.sum(-1, keepdim=True)
+                if dropped is not None:
+                    s.unflatten(2, (group.length, -1)).masked_fill_(dropped[:, None, :, None], 0.0)
+                o = torch.bmm(s, _gather(blocks_v, group, buffers, "value"))
+                made[group.rows] = o.div_(torch.where(total == 0, 1.0, total))
+                totals[group.rows] = total.log_().add_(top).squeeze(-1)
+            queries.put(out[b, :, head], made)
+            queries.put(lse[b, :, head], totals)
+    return out, lse
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of query, key and value that `needs` asks for; the formula is the reference's."""
+    heads, heads_kv = call.query.shape[2], call.value.shape[2]
+    repeats = heads // heads_kv
+    found = [torch.empty(t.shape, dtype=t.dtype) if n else None for t, n in zip(call[:3], needs)]
+    buffers, pool = _Buffers(call.dtype), _pool(call)
+    safe_lse = lse.masked_fill(lse == -INF, 0.0)
+    delta = (grad_out.to(call.dtype) * out.to(call.dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(call.dtype)
+    blocks_k = blocks_v = grad_k = grad_v = call.key
+    for b in range(call.query.shape[0]):
+        for head in range(heads):
+            head_kv = head // repeats
+            queries, keys = sides = _sides(call, head)
+            if head % repeats == 0:
+                blocks_k = keys.cut(call.key[b, :, head_kv], call.dtype)
+                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype)
+                grad_k, grad_v = torch.zeros_like(blocks_k), torch.zeros_like(blocks_v)
+            blocks_q = queries.cut(call.query[b, :, head], call.dtype).mul_(call.scale)
+            grads = queries.cut(grad_out[b, :, head], call.dtype)
+            own_lse = queries.cut(safe_lse[b, :, head], call.dtype)
+            own_delta = queries.cut(delta[b, :, head], call.dtype)
+            grad_q = torch.zeros_like(blocks_q)
+            for group in _head(call, b, head, sides, pool).groups():
+                q, k = blocks_q[group.rows], _gather(blocks_k, group, buffers, "key")
+                p = _logits(q, k, group, buffers, None)
+                p.sub_(own_lse[group.rows][:, :, None]).exp_()
+                do, listed = grads[group.rows], group.blocks.flatten()
+                if needs[2]:
+                    dv = torch.bmm(p.transpose(1, 2), do)
+                    grad_v.index_add_(0, listed, dv.view(-1, *blocks_v.shape[1:]))
+                if needs[0] or needs[1]:
+                    v = _gather(blocks_v, group, buffers, "value")
+                    ds = torch.bmm(do, v.transpose(1, 2), out=buffers.get("slopes", *p.shape))
+                    ds.sub_(own_delta[group.rows][:, :, None]).mul_(p)
+                    if needs[0]:
+                        grad_q[group.rows] = torch.bmm(ds, k)
+                    if needs[1]:
+                        dk = torch.bmm(ds.transpose(1, 2), q)
+                        grad_k.index_add_(0, listed, dk.view(-1, *blocks_k.shape[1:]))
+            if found[0] is not None:
+                queries.put(found[0][b, :, head], grad_q.mul_(call.scale))
+            if head % repeats == repeats - 1:
+                for whole, part in ((found[1], grad_k), (found[2], grad_v)):
+                    if whole is not None:
+                        keys.put(whole[b, :, head_kv], part)
+    return found[0], found[1], found[2]

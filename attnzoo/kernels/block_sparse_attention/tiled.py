@@ -18,7 +18,7 @@ from attnzoo.kernels.block_sparse_attention.problem import Call
 from attnzoo.kernels.block_sparse_attention.sparsity import cut
 
 INF = float("inf")
-SCORE_ELEMENTS = 1 << 17
+SCORE_ELEMENTS = 1 << 16
 
 
 class _Buffers:
@@ -46,16 +46,36 @@ class _Side:
     num_tokens: int
     block: int
 
-    def cut(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows [N, ...] as blocks [n, block, ...] along the order, zeros beyond the end."""
+    @property
+    def even(self) -> bool:
+        """Blocks are the rows as they stand, all of one length."""
+        return self.order is None and self.num_tokens % self.block == 0
+
+    def cut(self, rows: Tensor, dtype: torch.dtype, buffers: _Buffers | None = None, name: str = "") -> Tensor:
+        """Rows [N, ...] as blocks [n, block, ...] along the order, zeros beyond the end; a copy.
+
+        Gathering from contiguous blocks is three times as fast as from the rows of one head among others.
+        """
         blocks = cut(self.num_tokens, self.block)
-        made = torch.empty((blocks * self.block, *rows.shape[1:]), dtype=dtype)
+        shape = (blocks * self.block, *rows.shape[1:])
+        made = torch.empty(shape, dtype=dtype) if buffers is None else buffers.get(name, *shape)
         made[: self.num_tokens] = rows if self.order is None else rows.index_select(0, self.order)
         made[self.num_tokens :] = 0
         return made.unflatten(0, (blocks, self.block))
 
+    def room(self, into: Tensor, dtype: torch.dtype, empty: float | None) -> Tensor:
+        """Blocks to be filled and then given to `put`, filled with `empty` where it is not None."""
+        if self.even and into.dtype == dtype:
+            made = into.unflatten(0, (-1, self.block))
+        else:
+            blocks = cut(self.num_tokens, self.block)
+            made = torch.empty((blocks, self.block, *into.shape[1:]), dtype=dtype)
+        return made if empty is None else made.fill_(empty)
+
     def put(self, into: Tensor, blocks: Tensor) -> None:
-        """The inverse of `cut`, into rows [N, ...]."""
+        """The inverse of `cut`, into rows [N, ...]; `blocks` that `room` cut from them are there already."""
+        if self.even and into.dtype == blocks.dtype and into.data_ptr() == blocks.data_ptr():
+            return
         rows = blocks.flatten(0, 1)[: self.num_tokens].to(into.dtype)
         if self.order is None:
             into.copy_(rows)
@@ -86,7 +106,7 @@ def _sides(call: Call, head: int) -> tuple[_Side, _Side]:
 class _Group:
     """Query blocks `rows` whose lists are all `length` long: blocks [G, length], and the pairs that are visible."""
 
-    rows: Tensor
+    rows: Tensor | slice  # a slice where they are neighbours: then nothing is copied
     blocks: Tensor
     length: int
     seen: Tensor | None  # bool, broadcastable to [G, block_q, length * block_k]
@@ -108,19 +128,20 @@ class _Head:
     def groups(self) -> Iterator[_Group]:
         """Query blocks with at least one key block."""
         area = self.call.block_q * self.call.block_k
-        order = self.counts.argsort(stable=True)
-        lengths, numbers = torch.unique_consecutive(self.counts[order], return_counts=True)
-        first = 0
-        for length, number in zip(lengths.tolist(), numbers.tolist()):
-            rows = order[first : first + number]
-            first += number
-            if length == 0:
-                continue
+        by_length: dict[int, list[int]] = {}
+        for row, length in enumerate(self.counts.tolist()):
+            by_length.setdefault(length, []).append(row)
+        by_length.pop(0, None)
+        for length, rows in by_length.items():
             step = max(1, SCORE_ELEMENTS // (area * length))
-            for some in rows.split(step):
-                yield self._group(some, length)
+            for first in range(0, len(rows), step):
+                some = rows[first : first + step]
+                if some[-1] - some[0] == len(some) - 1:
+                    yield self._group(slice(some[0], some[-1] + 1), length)
+                else:
+                    yield self._group(torch.tensor(some), length)
 
-    def _group(self, rows: Tensor, length: int) -> _Group:
+    def _group(self, rows: Tensor | slice, length: int) -> _Group:
         blocks = self.indices[rows, :length]
         seen: Tensor | None = None
         if self.real is not None:
@@ -171,7 +192,7 @@ def _gather(blocks: Tensor, group: _Group, buffers: _Buffers, name: str) -> Tens
     """The group's key blocks side by side, [G, length * block_k, D]."""
     into = buffers.get(name, group.blocks.numel(), *blocks.shape[1:])
     torch.index_select(blocks, 0, group.blocks.flatten(), out=into)
-    return into.view(len(group.rows), -1, blocks.shape[2])
+    return into.view(len(group.blocks), -1, blocks.shape[2])
 
 
 def _logits(q: Tensor, k: Tensor, group: _Group, buffers: _Buffers, factor: Tensor | None) -> Tensor:
@@ -213,32 +234,34 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             head_kv = head // (heads // heads_kv)
             queries, keys = sides = _sides(call, head)
             if head % (heads // heads_kv) == 0:
-                blocks_k = keys.cut(key[b, :, head_kv], call.dtype)
-                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype)
+                blocks_k = keys.cut(key[b, :, head_kv], call.dtype, buffers, "keys")
+                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype, buffers, "values")
             lists = _head(call, b, head, sides, pool)
-            blocks_q = queries.cut(query[b, :, head], call.dtype)
+            blocks_q = queries.cut(query[b, :, head], call.dtype, buffers, "queries")
             real = (queries.tokens() < num_queries) if call.skip_threshold is not None else None
             if not int8:
                 blocks_q.mul_(call.scale)
-            made = torch.zeros(len(blocks_q), call.block_q, dim_v, dtype=call.dtype)
-            totals = torch.full((len(blocks_q), call.block_q), -INF, dtype=call.dtype)
+            holes = bool((lists.counts == 0).any())
+            made = queries.room(out[b, :, head], call.dtype, 0.0 if holes else None)
+            totals = queries.room(lse[b, :, head], call.dtype, -INF if holes else None)
             for group in lists.groups():
                 factor = None
                 if call.query_scale is not None and call.key_scale is not None:
-                    factor = call.query_scale[b, head][group.rows, None] * call.key_scale[b, head_kv][group.blocks]
-                    factor = factor * call.scale
-                s = _logits(blocks_q[group.rows], _gather(blocks_k, group, buffers, "key"), group, buffers, factor)
+                    own = call.query_scale[b, head][group.rows] * call.scale
+                    factor = own[:, None] * call.key_scale[b, head_kv][group.blocks]
+                s = _logits(blocks_q[group.rows], _gather(blocks_k, group, buffers, "listed keys"), group, buffers, factor)
                 dropped = None
                 if call.skip_threshold is not None and real is not None:
                     dropped = _dropped(s, group.length, call.skip_threshold, real[group.rows])
                 top = s.amax(-1, keepdim=True)
-                top.masked_fill_(top == -INF, 0.0)
+                if group.seen is not None:
+                    top.masked_fill_(top == -INF, 0.0)
                 s.sub_(top).exp_()
                 total = s.sum(-1, keepdim=True)
                 if dropped is not None:
                     s.unflatten(2, (group.length, -1)).masked_fill_(dropped[:, None, :, None], 0.0)
-                o = torch.bmm(s, _gather(blocks_v, group, buffers, "value"))
-                made[group.rows] = o.div_(torch.where(total == 0, 1.0, total))
+                o = torch.bmm(s, _gather(blocks_v, group, buffers, "listed values"))
+                made[group.rows] = o.div_(total if group.seen is None else total.masked_fill(total == 0, 1.0))
                 totals[group.rows] = total.log_().add_(top).squeeze(-1)
             queries.put(out[b, :, head], made)
             queries.put(lse[b, :, head], totals)
@@ -263,16 +286,16 @@ def backward(
             head_kv = head // repeats
             queries, keys = sides = _sides(call, head)
             if head % repeats == 0:
-                blocks_k = keys.cut(call.key[b, :, head_kv], call.dtype)
-                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype)
-                grad_k, grad_v = torch.zeros_like(blocks_k), torch.zeros_like(blocks_v)
-            blocks_q = queries.cut(call.query[b, :, head], call.dtype).mul_(call.scale)
-            grads = queries.cut(grad_out[b, :, head], call.dtype)
+                blocks_k = keys.cut(call.key[b, :, head_kv], call.dtype, buffers, "keys")
+                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype, buffers, "values")
+                grad_k, grad_v = (torch.zeros(t.shape, dtype=call.dtype) for t in (blocks_k, blocks_v))
+            blocks_q = queries.cut(call.query[b, :, head], call.dtype, buffers, "queries").mul_(call.scale)
+            grads = queries.cut(grad_out[b, :, head], call.dtype, buffers, "grads")
             own_lse = queries.cut(safe_lse[b, :, head], call.dtype)
             own_delta = queries.cut(delta[b, :, head], call.dtype)
             grad_q = torch.zeros_like(blocks_q)
             for group in _head(call, b, head, sides, pool).groups():
-                q, k = blocks_q[group.rows], _gather(blocks_k, group, buffers, "key")
+                q, k = blocks_q[group.rows], _gather(blocks_k, group, buffers, "listed keys")
                 p = _logits(q, k, group, buffers, None)
                 p.sub_(own_lse[group.rows][:, :, None]).exp_()
                 do, listed = grads[group.rows], group.blocks.flatten()
@@ -280,7 +303,7 @@ def backward(
                     dv = torch.bmm(p.transpose(1, 2), do)
                     grad_v.index_add_(0, listed, dv.view(-1, *blocks_v.shape[1:]))
                 if needs[0] or needs[1]:
-                    v = _gather(blocks_v, group, buffers, "value")
+                    v = _gather(blocks_v, group, buffers, "listed values")
                     ds = torch.bmm(do, v.transpose(1, 2), out=buffers.get("slopes", *p.shape))
                     ds.sub_(own_delta[group.rows][:, :, None]).mul_(p)
                     if needs[0]:

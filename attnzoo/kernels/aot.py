@@ -41,6 +41,7 @@ from attnzoo.kernels.launch import Launch, recording
 OPERATIONS = (
     "attnzoo.kernels.neighborhood_attention.triton",
     "attnzoo.kernels.edited_attention.triton",
+    "attnzoo.kernels.block_sparse_attention.triton",
 )
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 

@@ -18,7 +18,7 @@ from attnzoo.kernels.block_sparse_attention.problem import Call
 from attnzoo.kernels.block_sparse_attention.sparsity import cut
 
 INF = float("inf")
-SCORE_ELEMENTS = 1 << 16
+SCORE_ELEMENTS = 1 << 17
 
 
 class _Buffers:

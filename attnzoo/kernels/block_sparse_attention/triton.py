@@ -223,6 +223,8 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tiles]]]] = {
 
 def _tile(block: int, most: int) -> int:
     """The largest power of two up to `most` that wastes at most a quarter of a block's last tile; 16 or more."""
+    if vendor() == "interpreter":
+        return min(most, max(16, triton.next_power_of_2(block)))
     size = most
     while size > 16 and cut(block, size) * size > 1.25 * block:
         size //= 2

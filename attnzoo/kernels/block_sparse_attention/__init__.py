@@ -68,8 +68,8 @@ def block_sparse_attention(
     float64 inputs), differentiable too. A query without visible keys has out 0, lse -inf and gradients 0.
     Under autocast query, key and value are cast.
 
-    Raises TypeError, ValueError for arguments that don't fit; UnsupportedError where the asked back end can't serve, for
-    a gradient through skip_threshold or qk_int8, and for double backward.
+    Raises TypeError, ValueError for arguments that don't fit; UnsupportedError where the asked back end can't serve,
+    for a gradient through skip_threshold or qk_int8, and for double backward.
     """
     arguments = check(
         query,

@@ -38,7 +38,9 @@ def reasons(problem: Problem) -> list[str]:
         found.append("flex returns no lse on a CPU")
     if problem.device_type == "cuda":
         if min(problem.head_dim, problem.head_dim_v) < _LEAST:
-            found.append(f"flex needs head dims from {_LEAST} on a GPU, got {problem.head_dim} and {problem.head_dim_v}")
+            found.append(
+                f"flex needs head dims from {_LEAST} on a GPU, got {problem.head_dim} and {problem.head_dim_v}"
+            )
         if any(size < _LEAST or size & (size - 1) for size in problem.block_size):
             found.append(f"flex needs blocks of powers of two from {_LEAST} on a GPU, got {problem.block_size}")
     if problem.batch == 0:

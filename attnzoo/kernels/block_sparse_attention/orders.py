@@ -46,13 +46,11 @@ def axis_order(grid: Sequence[int], axes: Sequence[int], num_before: int = 0, nu
     return _between(torch.arange(math.prod(grid)).view(grid).permute(axes).flatten(), num_before, num_after)
 
 
-def tile_order(
-    grid: Sequence[int], tile: int | Sequence[int], num_before: int = 0, num_after: int = 0
-) -> Tensor:
+def tile_order(grid: Sequence[int], tile: int | Sequence[int], num_before: int = 0, num_after: int = 0) -> Tensor:
     """The order that walks a row-major grid tile by tile, row-major in and among the tiles: int64 [N].
 
     tile: lengths of a tile, one for all axes or one per axis; tiles at the far ends are cut off where it does not
-    divide. Blocks of prod(tile) tokens are tiles where it divides every axis. num_before, num_after: as in `axis_order`.
+    divide. Blocks of prod(tile) tokens are tiles where it divides every axis. num_before, num_after as in `axis_order`.
     Raises TypeError, ValueError for arguments that don't fit.
     """
     grid = _grid(grid)

@@ -34,7 +34,9 @@ def _coordinates(name: str, grid: Sequence[int], dense: Ranges, device: Any) -> 
     inside = math.prod(grid)
     for entry in ranges:
         if not (isinstance(entry, Sequence) and len(entry) == 2 and all(type(end) is int for end in entry)):
-            raise TypeError(f"dense_{'queries' if name == 'query' else 'keys'} must hold pairs (start, stop), got {entry!r}")
+            raise TypeError(
+                f"dense_{'queries' if name == 'query' else 'keys'} must hold pairs (start, stop), got {entry!r}"
+            )
     total = inside + sum(stop - start for start, stop in ranges)
     is_dense = flags("dense_queries" if name == "query" else "dense_keys", ranges, total)
     if int(is_dense.sum()) != total - inside:

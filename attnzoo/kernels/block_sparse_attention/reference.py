@@ -64,7 +64,7 @@ def logits(call: Call) -> Tensor:
 
 
 def keeps(call: Call, s: Tensor) -> Tensor:
-    """bool [B, H, nq, nk]: listed blocks whose values count, for logits [B, H, Nq, Nk]; see the operation's contract."""
+    """bool [B, H, nq, nk]: listed blocks whose values count, of logits [B, H, Nq, Nk]; see the operation's contract."""
     assert call.skip_threshold is not None
     batch, heads, num_queries, _ = s.shape
     rows, columns = call.sparsity.num_blocks

@@ -23,8 +23,10 @@ Ranges = Iterable[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """Per row of blocks the other side's active blocks: counts int32 [B or 1, H or 1, rows], indices and tile_ids
-    (None: all fully visible) int32 [B or 1, H or 1, rows, width]; entries from counts on mean nothing, and are 0 and -1.
+    """Per row of blocks the other side's active blocks.
+
+    counts int32 [B or 1, H or 1, rows]; indices, tile_ids (None: all visible as a whole) int32 [B or 1, H or 1, rows,
+    width]. Entries from counts on mean nothing, and are 0 and -1.
     """
 
     counts: Tensor
@@ -138,8 +140,8 @@ class BlockSparsity:
         wanted = cut(num_queries, sizes[0]), cut(num_keys, sizes[1])
         if not 2 <= mask.ndim <= 4 or tuple(mask.shape[-2:]) != wanted:
             raise ValueError(
-                f"mask must be [B or 1, H or 1, nq={wanted[0]}, nk={wanted[1]}] for {num_queries} queries and {num_keys} "
-                f"keys in blocks of {sizes}, got {tuple(mask.shape)}"
+                f"mask must be [B or 1, H or 1, nq={wanted[0]}, nk={wanted[1]}] for {num_queries} queries and "
+                f"{num_keys} keys in blocks of {sizes}, got {tuple(mask.shape)}"
             )
         mask = mask.view(*(1,) * (4 - mask.ndim), *mask.shape)
         found = lists(torch.where(mask, FULL, EMPTY), False, trim)
@@ -289,7 +291,7 @@ class BlockSparsity:
     def to(self, device: torch.device | str) -> BlockSparsity:
         """The same on a device."""
         names = ("counts", "indices", "tile_ids", "tiles", "query_order", "key_order")
-        moved = {n: t if t is None else t.to(device) for n, t in ((n, getattr(self, n)) for n in names)}
+        moved: dict[str, Any] = {n: None if t is None else t.to(device) for n in names for t in (getattr(self, n),)}
         return replace(self, **moved, _kept={})
 
     def with_orders(self, query_order: Tensor | None, key_order: Tensor | None) -> BlockSparsity:
@@ -393,4 +395,6 @@ def _checked_orders(
 
 def _check_numbers(name: str, numbers: Tensor, low: int, high: int) -> None:
     if numbers.numel() and not (low <= int(numbers.min()) and int(numbers.max()) <= high):
-        raise ValueError(f"{name} must hold numbers from {low} to {high}, got {int(numbers.min())} to {int(numbers.max())}")
+        raise ValueError(
+            f"{name} must hold numbers from {low} to {high}, got {int(numbers.min())} to {int(numbers.max())}"
+        )

@@ -249,7 +249,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
                 if call.query_scale is not None and call.key_scale is not None:
                     own = call.query_scale[b, head][group.rows] * call.scale
                     factor = own[:, None] * call.key_scale[b, head_kv][group.blocks]
-                s = _logits(blocks_q[group.rows], _gather(blocks_k, group, buffers, "listed keys"), group, buffers, factor)
+                s = _logits(
+                    blocks_q[group.rows], _gather(blocks_k, group, buffers, "listed keys"), group, buffers, factor
+                )
                 dropped = None
                 if call.skip_threshold is not None and real is not None:
                     dropped = _dropped(s, group.length, call.skip_threshold, real[group.rows])

@@ -192,15 +192,20 @@ class Tiles(NamedTuple):
 TILES: dict[str, dict[str, dict[int, dict[int, Tiles]]]] = {
     "cuda": {
         "forward": {
-            2: {32: Tiles(64, 64, 4, 3), 64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+            2: {
+                32: Tiles(128, 64, 8, 3),
+                64: Tiles(128, 64, 8, 3),
+                128: Tiles(128, 32, 8, 2),
+                256: Tiles(64, 16, 4, 2),
+            },
             4: {32: Tiles(32, 32, 4, 2), 64: Tiles(32, 32, 8, 2), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
         },
         "grad_query": {
-            2: {32: Tiles(64, 64, 4, 2), 64: Tiles(64, 64, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 16, 8, 1)},
+            2: {32: Tiles(64, 64, 4, 2), 64: Tiles(64, 32, 8, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 16, 8, 1)},
             4: {32: Tiles(32, 32, 8, 1), 64: Tiles(32, 16, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
         },
         "grad_key_value": {
-            2: {32: Tiles(64, 64, 8, 2), 64: Tiles(64, 64, 8, 1), 128: Tiles(32, 64, 8, 1), 256: Tiles(16, 32, 8, 1)},
+            2: {32: Tiles(64, 64, 8, 2), 64: Tiles(32, 64, 8, 1), 128: Tiles(32, 64, 8, 1), 256: Tiles(16, 32, 8, 1)},
             4: {32: Tiles(32, 32, 8, 1), 64: Tiles(16, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
         },
     },
@@ -214,7 +219,7 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tiles]]]] = {
             4: {32: Tiles(32, 32, 8, 1), 64: Tiles(32, 16, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
         },
         "grad_key_value": {
-            2: {32: Tiles(64, 64, 8, 1), 64: Tiles(64, 64, 8, 1), 128: Tiles(32, 64, 8, 1), 256: Tiles(16, 32, 8, 1)},
+            2: {32: Tiles(64, 64, 8, 1), 64: Tiles(32, 64, 8, 1), 128: Tiles(32, 64, 8, 1), 256: Tiles(16, 32, 8, 1)},
             4: {32: Tiles(32, 32, 8, 1), 64: Tiles(16, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
         },
     },
@@ -242,6 +247,8 @@ def tiles_for(kernel: str, call: Call) -> dict[str, int]:
     else:
         found = TILES[vendor()][kernel][call.query.element_size()][_bucket(call)]
     sizes = {"BM": _tile(call.block_q, found.queries), "BN": _tile(call.block_k, found.keys)}
+    if sizes["BM"] < found.queries and _bucket(call) <= 64:
+        found = found._replace(num_warps=max(4, found.num_warps // 2))
     if kernel == "forward" and call.skip_threshold is not None:
         found, sizes = _skip_tiles(call, found)
     return {**sizes, "num_warps": found.num_warps, "num_stages": found.num_stages}
@@ -329,7 +336,9 @@ def reasons(problem: Problem) -> list[str]:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Nq, H, Dv] in query's dtype and lse [B, Nq, H] float32."""
     batch, num_queries, heads, _ = call.query.shape
-    out = torch.empty((batch, num_queries, heads, call.value.shape[3]), dtype=call.query.dtype, device=call.query.device)
+    out = torch.empty(
+        (batch, num_queries, heads, call.value.shape[3]), dtype=call.query.dtype, device=call.query.device
+    )
     lse = torch.empty((batch, num_queries, heads), dtype=torch.float32, device=call.query.device)
     if out.numel() == 0:
         return out, lse
@@ -386,21 +395,29 @@ def _call_on_meta(
     rows = make(batch, num_tokens, heads, head_dim, dtype=dtype)
     tile_ids = make(1, heads, n, n // 4) if partial else None
     order = make(heads, num_tokens) if ordered else None
-    eight, scales = make(batch, num_tokens, heads, head_dim, dtype=torch.int8), make(batch, heads, n, dtype=torch.float32)
+    eight, scales = (
+        make(batch, num_tokens, heads, head_dim, dtype=torch.int8),
+        make(batch, heads, n, dtype=torch.float32),
+    )
     lists = make(1, heads, n), make(1, heads, n, n // 4)
     call = Call(
         rows,
         rows,
         rows,
-        *lists,
+        lists[0],
+        lists[1],
         tile_ids,
         make(16, block, block, dtype=torch.bool) if partial else None,
-        *lists,
+        lists[0],
+        lists[1],
         tile_ids,
         None,
         order,
         order,
-        *((eight, eight, scales, scales) if int8 else (None,) * 4),
+        eight if int8 else None,
+        eight if int8 else None,
+        scales if int8 else None,
+        scales if int8 else None,
         block,
         block,
         False,

@@ -127,7 +127,8 @@ def operands(case, backend: str, **options) -> tuple:
     turned = s.by_key()
     return (
         case.q, case.k, case.v, s.counts, s.indices, s.tile_ids, s.tiles,
-        turned.counts, turned.indices, turned.tile_ids, case.options.get("key_mask"), s.query_order, s.key_order, None, None, None, None,
+        turned.counts, turned.indices, turned.tile_ids, case.options.get("key_mask"), s.query_order, s.key_order,
+        None, None, None, None,
         *s.block_size, case.options["is_causal"], 0.5, options.get("skip_threshold"), backend,
     )  # fmt: skip
 

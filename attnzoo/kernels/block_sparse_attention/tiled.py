@@ -19,6 +19,7 @@ from attnzoo.kernels.block_sparse_attention.sparsity import cut
 
 INF = float("inf")
 SCORE_ELEMENTS = 1 << 17
+POOL_ELEMENTS = 1 << 24  # of mask tiles that are kept as numbers to add
 
 
 class _Buffers:
@@ -104,12 +105,19 @@ def _sides(call: Call, head: int) -> tuple[_Side, _Side]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Query blocks `rows` whose lists are all `length` long: blocks [G, length], and the pairs that are visible."""
+    """Query blocks `rows` whose lists are all `length` long, and what their blocks [G, length] do not show."""
 
     rows: Tensor | slice  # a slice where they are neighbours: then nothing is copied
     blocks: Tensor
     length: int
-    seen: Tensor | None  # bool, broadcastable to [G, block_q, length * block_k]
+    keys: Tensor | None  # 0 or -inf, [G, 1, length * block_k]
+    tiles: Tensor | None  # numbers in the pool [G, length]
+    late: Tensor | None  # bool [G, block_q, length * block_k], True for keys after the query
+
+    @property
+    def masked(self) -> bool:
+        """Whether a query may see no key at all."""
+        return self.keys is not None or self.tiles is not None or self.late is not None
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,8 @@ class _Head:
     counts: Tensor  # [nq]
     indices: Tensor  # [nq, width]
     tile_ids: Tensor | None
-    pool: Tensor | None  # tiles, and an all-visible one at the end
-    real: Tensor | None  # bool [nk, block_k]; None: all
+    whole: int  # the pool's all-visible tile
+    real: Tensor | None  # 0 or -inf, [nk, block_k]; None: all keys are there
     query_tokens: Tensor | None  # [nq, block_q], where is_causal
     key_tokens: Tensor | None
 
@@ -143,24 +151,21 @@ class _Head:
 
     def _group(self, rows: Tensor | slice, length: int) -> _Group:
         blocks = self.indices[rows, :length]
-        seen: Tensor | None = None
+        keys = tiles = late = None
         if self.real is not None:
-            real = self.real[blocks]
-            seen = None if bool(real.all()) else real.flatten(1)[:, None, :]
+            keys = self.real[blocks].flatten(1)[:, None, :]
+            keys = keys if bool((keys != 0).any()) else None
+        if self.tile_ids is not None:
+            number = self.tile_ids[rows, :length]
+            tiles = number.where(number >= 0, self.whole) if bool((number >= 0).any()) else None
         if self.query_tokens is not None and self.key_tokens is not None:
             last = self.query_tokens[rows] + self.call.key.shape[1] - self.call.query.shape[1]
-            early = self.key_tokens[blocks].flatten(1)[:, None, :] <= last[:, :, None]
-            seen = early if seen is None else seen & early
-        if self.tile_ids is not None and self.pool is not None:
-            number = self.tile_ids[rows, :length]
-            if bool((number >= 0).any()):
-                number = number.where(number >= 0, len(self.pool) - 1)
-                tile = self.pool[number].transpose(1, 2).flatten(2)
-                seen = tile if seen is None else seen & tile
-        return _Group(rows, blocks, length, seen)
+            late = self.key_tokens[blocks].flatten(1)[:, None, :] > last[:, :, None]
+            late = late if bool(late.any()) else None
+        return _Group(rows, blocks, length, keys, tiles, late)
 
 
-def _head(call: Call, b: int, head: int, sides: tuple[_Side, _Side], pool: Tensor | None) -> _Head:
+def _head(call: Call, b: int, head: int, sides: tuple[_Side, _Side]) -> _Head:
     def own(tensor: Tensor) -> Tensor:
         return tensor[b if tensor.shape[0] > 1 else 0, head if tensor.shape[1] > 1 else 0].long()
 
@@ -175,17 +180,24 @@ def _head(call: Call, b: int, head: int, sides: tuple[_Side, _Side], pool: Tenso
         own(call.counts),
         own(call.indices),
         None if call.tile_ids is None else own(call.tile_ids),
-        pool,
-        real,
+        0 if call.tiles is None else len(call.tiles),
+        None if real is None else _hides(real, call.dtype),
         queries.tokens() if call.is_causal else None,
         keys.tokens() if call.is_causal else None,
     )
 
 
+def _hides(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where True, -inf where False: adding is faster than filling by a mask."""
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -INF)
+
+
 def _pool(call: Call) -> Tensor | None:
+    """The mask tiles and an all-visible one at the end, as what is added to logits; as bool where that is too large."""
     if call.tiles is None:
         return None
-    return torch.cat([call.tiles, torch.ones_like(call.tiles[:1])])
+    tiles = torch.cat([call.tiles, torch.ones_like(call.tiles[:1])])
+    return _hides(tiles, call.dtype) if tiles.numel() <= POOL_ELEMENTS else tiles
 
 
 def _gather(blocks: Tensor, group: _Group, buffers: _Buffers, name: str) -> Tensor:
@@ -195,7 +207,9 @@ def _gather(blocks: Tensor, group: _Group, buffers: _Buffers, name: str) -> Tens
     return into.view(len(group.blocks), -1, blocks.shape[2])
 
 
-def _logits(q: Tensor, k: Tensor, group: _Group, buffers: _Buffers, factor: Tensor | None) -> Tensor:
+def _logits(
+    q: Tensor, k: Tensor, group: _Group, buffers: _Buffers, pool: Tensor | None, factor: Tensor | None = None
+) -> Tensor:
     """[G, block_q, length * block_k] of q [G, block_q, D], scaled, and gathered keys; -inf where not visible.
 
     factor: per pair of blocks [G, length], for 8-bit rows.
@@ -203,8 +217,18 @@ def _logits(q: Tensor, k: Tensor, group: _Group, buffers: _Buffers, factor: Tens
     s = torch.bmm(q, k.transpose(1, 2), out=buffers.get("logits", q.shape[0], q.shape[1], k.shape[1]))
     if factor is not None:
         s.unflatten(2, (group.length, -1)).mul_(factor[:, None, :, None])
-    if group.seen is not None:
-        s.masked_fill_(~group.seen, -INF)
+    if group.keys is not None:
+        s.add_(group.keys)
+    if group.tiles is not None and pool is not None:
+        number = group.tiles.flatten()
+        if pool.dtype == torch.bool:
+            hides = _hides(pool.index_select(0, number), s.dtype)
+        else:
+            hides = buffers.get("tiles", len(number), *pool.shape[1:])
+            torch.index_select(pool, 0, number, out=hides)
+        s.unflatten(2, (group.length, -1)).transpose(1, 2).add_(hides.unflatten(0, group.tiles.shape))
+    if group.late is not None:
+        s.masked_fill_(group.late, -INF)
     return s
 
 
@@ -236,7 +260,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             if head % (heads // heads_kv) == 0:
                 blocks_k = keys.cut(key[b, :, head_kv], call.dtype, buffers, "keys")
                 blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype, buffers, "values")
-            lists = _head(call, b, head, sides, pool)
+            lists = _head(call, b, head, sides)
             blocks_q = queries.cut(query[b, :, head], call.dtype, buffers, "queries")
             real = (queries.tokens() < num_queries) if call.skip_threshold is not None else None
             if not int8:
@@ -249,21 +273,20 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
                 if call.query_scale is not None and call.key_scale is not None:
                     own = call.query_scale[b, head][group.rows] * call.scale
                     factor = own[:, None] * call.key_scale[b, head_kv][group.blocks]
-                s = _logits(
-                    blocks_q[group.rows], _gather(blocks_k, group, buffers, "listed keys"), group, buffers, factor
-                )
+                k = _gather(blocks_k, group, buffers, "listed keys")
+                s = _logits(blocks_q[group.rows], k, group, buffers, pool, factor)
                 dropped = None
                 if call.skip_threshold is not None and real is not None:
                     dropped = _dropped(s, group.length, call.skip_threshold, real[group.rows])
                 top = s.amax(-1, keepdim=True)
-                if group.seen is not None:
+                if group.masked:
                     top.masked_fill_(top == -INF, 0.0)
                 s.sub_(top).exp_()
                 total = s.sum(-1, keepdim=True)
                 if dropped is not None:
                     s.unflatten(2, (group.length, -1)).masked_fill_(dropped[:, None, :, None], 0.0)
                 o = torch.bmm(s, _gather(blocks_v, group, buffers, "listed values"))
-                made[group.rows] = o.div_(total if group.seen is None else total.masked_fill(total == 0, 1.0))
+                made[group.rows] = o.div_(total.masked_fill(total == 0, 1.0) if group.masked else total)
                 totals[group.rows] = total.log_().add_(top).squeeze(-1)
             queries.put(out[b, :, head], made)
             queries.put(lse[b, :, head], totals)
@@ -296,9 +319,9 @@ def backward(
             own_lse = queries.cut(safe_lse[b, :, head], call.dtype)
             own_delta = queries.cut(delta[b, :, head], call.dtype)
             grad_q = torch.zeros_like(blocks_q)
-            for group in _head(call, b, head, sides, pool).groups():
+            for group in _head(call, b, head, sides).groups():
                 q, k = blocks_q[group.rows], _gather(blocks_k, group, buffers, "listed keys")
-                p = _logits(q, k, group, buffers, None)
+                p = _logits(q, k, group, buffers, pool)
                 p.sub_(own_lse[group.rows][:, :, None]).exp_()
                 do, listed = grads[group.rows], group.blocks.flatten()
                 if needs[2]:

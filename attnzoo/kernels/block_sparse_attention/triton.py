@@ -247,8 +247,12 @@ def tiles_for(kernel: str, call: Call) -> dict[str, int]:
     else:
         found = TILES[vendor()][kernel][call.query.element_size()][_bucket(call)]
     sizes = {"BM": _tile(call.block_q, found.queries), "BN": _tile(call.block_k, found.keys)}
-    if sizes["BM"] < found.queries and _bucket(call) <= 64:
-        found = found._replace(num_warps=max(4, found.num_warps // 2))
+    if kernel == "forward" and call.query.element_size() == 2 and sizes["BM"] < found.queries:
+        # Half the queries: half the warps, or, where the rows are long, room for more keys.
+        if _bucket(call) <= 64:
+            found = found._replace(num_warps=max(4, found.num_warps // 2))
+        else:
+            sizes["BN"] = _tile(call.block_k, min(64, 2 * found.keys))
     if kernel == "forward" and call.skip_threshold is not None:
         found, sizes = _skip_tiles(call, found)
     return {**sizes, "num_warps": found.num_warps, "num_stages": found.num_stages}
@@ -382,10 +386,11 @@ def backward(
 # ------------------------------------------------------------------------------------------- compiled ahead of time
 
 
-def _call_on_meta(
-    dtype: torch.dtype, head_dim: int, block: int, partial: bool, ordered: bool, int8: bool, skip: bool
-) -> None:
+def _call_on_meta(dtype: torch.dtype, head_dim: int, block: int, kind: str) -> None:
     """Forward and backward of one call on tensors without memory: its launches are what `aot` compiles."""
+    everything = kind == "everything"
+    partial, ordered = "partial" in kind or everything, "ordered" in kind or everything
+    int8, skip = "int8" in kind, "skip" in kind
 
     def make(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -411,7 +416,7 @@ def _call_on_meta(
         lists[0],
         lists[1],
         tile_ids,
-        None,
+        make(batch, num_tokens, dtype=torch.bool) if everything else None,
         order,
         order,
         eight if int8 else None,
@@ -420,7 +425,7 @@ def _call_on_meta(
         scales if int8 else None,
         block,
         block,
-        False,
+        everything,
         head_dim**-0.5,
         5.0 if skip else None,
         "triton",
@@ -434,9 +439,7 @@ _SPILLS = dict.fromkeys(("block_sparse_grad_query", "block_sparse_grad_key_value
 AOT = [
     Case(
         f"{str(dtype)[6:]} d{head_dim} block {block} {kind}",
-        functools.partial(
-            _call_on_meta, dtype, head_dim, block, "partial" in kind, "ordered" in kind, "int8" in kind, "skip" in kind
-        ),
+        functools.partial(_call_on_meta, dtype, head_dim, block, kind),
         quick=(dtype, head_dim, block, kind) == (torch.float16, 64, 64, "partial"),
         spills=_SPILLS,
     )
@@ -444,6 +447,8 @@ AOT = [
         (torch.float16, 64, 64, "partial"),
         (torch.float16, 64, 128, "plain"),
         (torch.float16, 128, 128, "partial"),
+        (torch.float16, 128, 128, "everything"),
+        (torch.float16, 64, 64, "everything"),
         (torch.bfloat16, 64, 64, "ordered"),
         (torch.bfloat16, 128, 64, "partial ordered"),
         (torch.bfloat16, 128, 128, "plain"),
@@ -451,7 +456,7 @@ AOT = [
         (torch.bfloat16, 128, 64, "int8 ordered"),
         (torch.float16, 64, 64, "int8 skip"),
         (torch.float16, 256, 64, "partial ordered"),
-        (torch.float32, 64, 64, "partial ordered"),
+        (torch.float32, 64, 64, "everything"),
         (torch.float32, 128, 64, "plain"),
         (torch.float32, 64, 32, "skip"),
     )

@@ -8,7 +8,7 @@ gathered rows beside them, and one head's keys, values and outputs. The gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from attnzoo.kernels.block_sparse_attention.problem import Call
 from attnzoo.kernels.block_sparse_attention.sparsity import cut
 
 INF = float("inf")
+FLOOR, TINY = -80.0, 1e-34  # of float32: exp(FLOOR) < TINY, and weights below TINY are 0
 SCORE_ELEMENTS = 1 << 17
 POOL_ELEMENTS = 1 << 24  # of mask tiles that are kept as numbers to add
 
@@ -187,6 +188,26 @@ def _head(call: Call, b: int, head: int, sides: tuple[_Side, _Side]) -> _Head:
     )
 
 
+class _Lists:
+    """The groups of every head; those of heads with the same lists are made once (not with is_causal: too large)."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.kept: dict[tuple[int, int], list[_Group]] = {}
+
+    def groups(self, b: int, head: int, sides: tuple[_Side, _Side]) -> Iterable[_Group]:
+        """The groups of one query head of one batch entry."""
+        call = self.call
+        if call.is_causal:
+            return _head(call, b, head, sides).groups()
+        by_batch = call.counts.shape[0] > 1 or (call.key_mask is not None and len(call.key_mask) > 1)
+        by_head = call.counts.shape[1] > 1 or (call.key_order is not None and len(call.key_order) > 1)
+        name = b if by_batch else 0, head if by_head else 0
+        if name not in self.kept:
+            self.kept = {name: list(_head(call, b, head, sides).groups())}  # the last ones only
+        return self.kept[name]
+
+
 def _hides(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where True, -inf where False: adding is faster than filling by a mask."""
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -INF)
@@ -232,6 +253,17 @@ def _logits(
     return s
 
 
+def _exp(s: Tensor, masked: bool) -> Tensor:
+    """exp in place, of logits minus their row's maximum or lse.
+
+    MKL's exp takes fifty times as long where a result underflows as elsewhere: such logits are raised first and their
+    weights set to 0 afterwards.
+    """
+    if s.dtype == torch.float32 and (masked or float(s.amin()) < FLOOR):
+        return torch.threshold_(s.clamp_(min=FLOOR).exp_(), TINY, 0.0)
+    return s.exp_()
+
+
 def _dropped(s: Tensor, length: int, threshold: float, real: Tensor) -> Tensor:
     """bool [G, length]: blocks whose values don't count, for logits [G, block_q, length * block_k].
 
@@ -248,7 +280,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     heads_kv, dim_v = call.value.shape[2:]
     out = call.query.new_empty(batch, num_queries, heads, dim_v)
     lse = call.query.new_empty(batch, num_queries, heads, dtype=call.dtype)
-    buffers, pool = _Buffers(call.dtype), _pool(call)
+    buffers, pool, lists = _Buffers(call.dtype), _pool(call), _Lists(call)
+    holes = bool((call.counts == 0).any())
     int8 = call.query_int8 is not None
     query, key = (call.query, call.key) if call.query_int8 is None else (call.query_int8, call.key_int8)
     assert key is not None
@@ -260,15 +293,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             if head % (heads // heads_kv) == 0:
                 blocks_k = keys.cut(key[b, :, head_kv], call.dtype, buffers, "keys")
                 blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype, buffers, "values")
-            lists = _head(call, b, head, sides)
             blocks_q = queries.cut(query[b, :, head], call.dtype, buffers, "queries")
             real = (queries.tokens() < num_queries) if call.skip_threshold is not None else None
             if not int8:
                 blocks_q.mul_(call.scale)
-            holes = bool((lists.counts == 0).any())
             made = queries.room(out[b, :, head], call.dtype, 0.0 if holes else None)
             totals = queries.room(lse[b, :, head], call.dtype, -INF if holes else None)
-            for group in lists.groups():
+            for group in lists.groups(b, head, sides):
                 factor = None
                 if call.query_scale is not None and call.key_scale is not None:
                     own = call.query_scale[b, head][group.rows] * call.scale
@@ -281,7 +312,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
                 top = s.amax(-1, keepdim=True)
                 if group.masked:
                     top.masked_fill_(top == -INF, 0.0)
-                s.sub_(top).exp_()
+                _exp(s.sub_(top), group.masked)
                 total = s.sum(-1, keepdim=True)
                 if dropped is not None:
                     s.unflatten(2, (group.length, -1)).masked_fill_(dropped[:, None, :, None], 0.0)
@@ -300,7 +331,7 @@ def backward(
     heads, heads_kv = call.query.shape[2], call.value.shape[2]
     repeats = heads // heads_kv
     found = [torch.empty(t.shape, dtype=t.dtype) if n else None for t, n in zip(call[:3], needs)]
-    buffers, pool = _Buffers(call.dtype), _pool(call)
+    buffers, pool, lists = _Buffers(call.dtype), _pool(call), _Lists(call)
     safe_lse = lse.masked_fill(lse == -INF, 0.0)
     delta = (grad_out.to(call.dtype) * out.to(call.dtype)).sum(-1)
     if grad_lse is not None:
@@ -319,10 +350,10 @@ def backward(
             own_lse = queries.cut(safe_lse[b, :, head], call.dtype)
             own_delta = queries.cut(delta[b, :, head], call.dtype)
             grad_q = torch.zeros_like(blocks_q)
-            for group in _head(call, b, head, sides).groups():
+            for group in lists.groups(b, head, sides):
                 q, k = blocks_q[group.rows], _gather(blocks_k, group, buffers, "listed keys")
                 p = _logits(q, k, group, buffers, pool)
-                p.sub_(own_lse[group.rows][:, :, None]).exp_()
+                _exp(p.sub_(own_lse[group.rows][:, :, None]), group.masked)
                 do, listed = grads[group.rows], group.blocks.flatten()
                 if needs[2]:
                     dv = torch.bmm(p.transpose(1, 2), do)

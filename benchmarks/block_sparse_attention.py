@@ -68,7 +68,8 @@ def contenders(
         mask = mask[:, :, back[0]][..., back[1]]
 
     def ours(backend: str = "auto") -> Tensor:
-        out = block_sparse_attention(*inputs, sparsity, backend=backend)
+        query, key, value = inputs
+        out = block_sparse_attention(query, key, value, sparsity, backend=backend)
         assert isinstance(out, Tensor)
         return out
 

@@ -251,6 +251,32 @@ def test_half_precision(backend, dtype):
         assert (ours.double() - exact).abs().max() <= times * (theirs.double() - exact).abs().max()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_leaks_out_of_padding(backend):
+    """Keys and values that key_mask hides may hold anything."""
+    case = make(B=2, Nq=20, Nk=30, block=(16, 16), density=1.0, key_mask=True, orders=(0, 1))
+    hidden = ~case.options["key_mask"][:, :, None, None]
+    dirty = replace(case, k=case.k.masked_fill(hidden, math.nan), v=case.v.masked_fill(hidden, math.inf))
+    results = []
+    for each in (case, dirty):
+        inputs = [t.clone().requires_grad_() for t in (each.q, each.k, each.v)]
+        out = block_sparse_attention(*inputs, each.sparsity, **each.options, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+        if each is dirty:
+            options = each.options | {"skip_threshold": 1.0, "qk_int8": True, "backend": backend}
+            with torch.no_grad():
+                assert torch.isfinite(block_sparse_attention(*inputs, each.sparsity, **options)).all()
+    for clean, got in zip(*results):
+        assert torch.equal(clean, got)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits(backend):
+    """Logits far apart, so that weights underflow, and of hundreds, which need their maximum taken off."""
+    case = make(Nq=20, Nk=30, block=(16, 16), density=1.0, scale=40.0)
+    check_given(case, backend, 3e-4)
+
+
 # ---------------------------------------------------------------------------------------- skip_threshold and qk_int8
 
 

@@ -27,6 +27,11 @@ def _rows(tensor: Tensor, order: Tensor | None, dtype: torch.dtype, heads: int) 
     return rows.repeat_interleave(heads // rows.shape[1], 1)
 
 
+def _real(call: Call, rows: Tensor) -> Tensor:
+    """Rows [B, Nk, ...] with 0 where key_mask hides them, so that nothing leaks out of padding."""
+    return rows if call.key_mask is None else rows.masked_fill(~call.key_mask[:, :, None, None], 0.0)
+
+
 def visible(call: Call) -> Tensor:
     """bool [B or 1, H or 1, Nq, Nk] along the orders: which keys a query sees."""
     seen = call.sparsity.element_mask()
@@ -90,7 +95,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if call.skip_threshold is not None:
         kept = keeps(call, s).repeat_interleave(call.block_q, 2)[:, :, : s.shape[2]]
         p = p * kept.repeat_interleave(call.block_k, 3)[..., : s.shape[3]]
-    out = p @ _rows(call.value, call.key_order, call.dtype, s.shape[1])
+    out = p @ _rows(_real(call, call.value), call.key_order, call.dtype, s.shape[1])
     back = inverse(call.query_order)
     return (
         in_order(out, back).transpose(1, 2).to(call.query.dtype).contiguous(),
@@ -113,7 +118,7 @@ def backward(
     total = _rows(lse[..., None], call.query_order, call.dtype, heads)
     p = torch.exp(logits(call) - total.masked_fill(total == -INF, 0.0))
     q = _rows(call.query, call.query_order, call.dtype, heads)
-    k, v = (_rows(t, call.key_order, call.dtype, heads) for t in (call.key, call.value))
+    k, v = (_rows(_real(call, t), call.key_order, call.dtype, heads) for t in (call.key, call.value))
     ds = p * (grad @ v.transpose(2, 3) - delta) * call.scale
 
     def back(rows: Tensor, own: int, order: Tensor | None, like: Tensor) -> Tensor:

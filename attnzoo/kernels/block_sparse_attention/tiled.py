@@ -20,6 +20,7 @@ from attnzoo.kernels.block_sparse_attention.sparsity import cut
 INF = float("inf")
 FLOOR, TINY = -80.0, 1e-34  # of float32: exp(FLOOR) < TINY, and weights below TINY are 0
 SCORE_ELEMENTS = 1 << 17
+BOUND = 32.0  # logits that can't pass it need no maximum taken off: exp(BOUND) is 8e13, and every sum fits
 POOL_ELEMENTS = 1 << 24  # of mask tiles that are kept as numbers to add
 
 
@@ -253,13 +254,13 @@ def _logits(
     return s
 
 
-def _exp(s: Tensor, masked: bool) -> Tensor:
-    """exp in place, of logits minus their row's maximum or lse.
+def _exp(s: Tensor, masked: bool, bounded: bool = False) -> Tensor:
+    """exp in place, of logits minus their row's maximum or lse, or of bounded ones as they are.
 
     MKL's exp takes fifty times as long where a result underflows as elsewhere: such logits are raised first and their
     weights set to 0 afterwards.
     """
-    if s.dtype == torch.float32 and (masked or float(s.amin()) < FLOOR):
+    if s.dtype == torch.float32 and (masked or not (bounded or float(s.amin()) >= FLOOR)):
         return torch.threshold_(s.clamp_(min=FLOOR).exp_(), TINY, 0.0)
     return s.exp_()
 
@@ -274,6 +275,20 @@ def _dropped(s: Tensor, length: int, threshold: float, real: Tensor) -> Tensor:
     return ~counts.any(1)
 
 
+def _keys_and_values(
+    call: Call, key: Tensor, b: int, head_kv: int, side: _Side, buffers: _Buffers
+) -> tuple[Tensor, Tensor]:
+    """One head's key and value blocks; what key_mask hides is 0, so that nothing leaks out of padding."""
+    found = []
+    for name, rows in (("keys", key), ("values", call.value)):
+        blocks = side.cut(rows[b, :, head_kv], call.dtype, buffers, name)
+        if call.key_mask is not None:
+            hidden = ~side.cut(call.key_mask[b if len(call.key_mask) > 1 else 0], torch.bool)
+            blocks.masked_fill_(hidden[..., None], 0.0)
+        found.append(blocks)
+    return found[0], found[1]
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Nq, H, Dv] in query's dtype and lse [B, Nq, H]."""
     batch, num_queries, heads, _ = call.query.shape
@@ -283,6 +298,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     buffers, pool, lists = _Buffers(call.dtype), _pool(call), _Lists(call)
     holes = bool((call.counts == 0).any())
     int8 = call.query_int8 is not None
+    plain, longest = not int8 and call.skip_threshold is None, call.query
     query, key = (call.query, call.key) if call.query_int8 is None else (call.query_int8, call.key_int8)
     assert key is not None
     blocks_k = blocks_v = call.key
@@ -291,12 +307,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             head_kv = head // (heads // heads_kv)
             queries, keys = sides = _sides(call, head)
             if head % (heads // heads_kv) == 0:
-                blocks_k = keys.cut(key[b, :, head_kv], call.dtype, buffers, "keys")
-                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype, buffers, "values")
+                blocks_k, blocks_v = _keys_and_values(call, key, b, head_kv, keys, buffers)
+                longest = blocks_k.norm(dim=-1).max() if plain else longest
             blocks_q = queries.cut(query[b, :, head], call.dtype, buffers, "queries")
             real = (queries.tokens() < num_queries) if call.skip_threshold is not None else None
             if not int8:
                 blocks_q.mul_(call.scale)
+            bounded = plain and bool(blocks_q.norm(dim=-1).max() * longest <= BOUND)
             made = queries.room(out[b, :, head], call.dtype, 0.0 if holes else None)
             totals = queries.room(lse[b, :, head], call.dtype, -INF if holes else None)
             for group in lists.groups(b, head, sides):
@@ -309,16 +326,22 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
                 dropped = None
                 if call.skip_threshold is not None and real is not None:
                     dropped = _dropped(s, group.length, call.skip_threshold, real[group.rows])
-                top = s.amax(-1, keepdim=True)
-                if group.masked:
-                    top.masked_fill_(top == -INF, 0.0)
-                _exp(s.sub_(top), group.masked)
+                top: Tensor | None = None
+                if not bounded:
+                    top = s.amax(-1, keepdim=True)
+                    s.sub_(top.masked_fill_(top == -INF, 0.0) if group.masked else top)
+                _exp(s, group.masked, bounded)
                 total = s.sum(-1, keepdim=True)
                 if dropped is not None:
                     s.unflatten(2, (group.length, -1)).masked_fill_(dropped[:, None, :, None], 0.0)
                 o = torch.bmm(s, _gather(blocks_v, group, buffers, "listed values"))
-                made[group.rows] = o.div_(total.masked_fill(total == 0, 1.0) if group.masked else total)
-                totals[group.rows] = total.log_().add_(top).squeeze(-1)
+                safe = total.masked_fill(total == 0, 1.0) if group.masked else total
+                if isinstance(group.rows, slice):
+                    torch.div(o, safe, out=made[group.rows])
+                else:
+                    made[group.rows] = o.div_(safe)
+                total.log_()
+                totals[group.rows] = (total if top is None else total.add_(top)).squeeze(-1)
             queries.put(out[b, :, head], made)
             queries.put(lse[b, :, head], totals)
     return out, lse
@@ -342,8 +365,7 @@ def backward(
             head_kv = head // repeats
             queries, keys = sides = _sides(call, head)
             if head % repeats == 0:
-                blocks_k = keys.cut(call.key[b, :, head_kv], call.dtype, buffers, "keys")
-                blocks_v = keys.cut(call.value[b, :, head_kv], call.dtype, buffers, "values")
+                blocks_k, blocks_v = _keys_and_values(call, call.key, b, head_kv, keys, buffers)
                 grad_k, grad_v = (torch.zeros(t.shape, dtype=call.dtype) for t in (blocks_k, blocks_v))
             blocks_q = queries.cut(call.query[b, :, head], call.dtype, buffers, "queries").mul_(call.scale)
             grads = queries.cut(grad_out[b, :, head], call.dtype, buffers, "grads")

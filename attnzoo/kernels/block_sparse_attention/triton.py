@@ -70,17 +70,23 @@ def positions_of(block, part, num_tokens, BLOCK: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
+def real_keys(real, token, inside, real_n, REAL: tl.constexpr):
+    """Which keys are there: those within the end, and in the batch entry's row of the key mask."""
+    if REAL:
+        inside = inside & (tl.load(real + token * real_n, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
 def visible(
-    real, tiles, tile, key_token, query_token, key_valid, query_valid, key_place, query_place, real_n, offset,
-    REAL: tl.constexpr, CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    tiles, tile, key_token, query_token, key_valid, query_valid, key_place, query_place, offset,
+    CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Which pairs of a tile are visible: [queries, keys], or [keys, queries] where KEYS_FIRST.
 
-    tile: number of the mask tile, negative for none. real: the batch entry's row of the key mask.
+    tile: number of the mask tile, negative for none.
     """
-    if REAL:
-        key_valid = key_valid & (tl.load(real + key_token * real_n, mask=key_valid, other=0) != 0)
     if KEYS_FIRST:
         seen = key_valid[:, None] & query_valid[None, :]
     else:
@@ -146,14 +152,15 @@ def block_sparse_forward(
             tile = tl.load(tile_ids + step // PARTS_K)
         c, n, inside = positions_of(listed, step % PARTS_K, num_keys, BLOCK_K, BN)
         j = tokens_of(key_order, n, inside, KEY_ORDER, WIDE)
+        inside = real_keys(real, j, inside, real_n, REAL)
         k = load_rows(key, j * k_n, inside, DIM, BLOCK_D, UPCAST)
         if INT8:
             s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32) * (factor * tl.load(key_scale + listed))
         else:
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         seen = visible(
-            real, tiles, tile, j, i, inside, valid, c, m, real_n, num_keys - num_queries,
-            REAL, CAUSAL, PARTIAL, BLOCK_Q, BLOCK_K, False,
+            tiles, tile, j, i, inside, valid, c, m, num_keys - num_queries,
+            CAUSAL, PARTIAL, BLOCK_Q, BLOCK_K, False,
         )  # fmt: skip
         s = tl.where(seen, s, float("-inf"))
         if SKIP:

@@ -26,6 +26,7 @@ from attnzoo.kernels.block_sparse_attention.triton import (
     common_arguments,
     list_strides,
     positions_of,
+    real_keys,
     tiles_for,
     tokens_of,
     visible,
@@ -87,12 +88,13 @@ def block_sparse_grad_query(
                 tile = tl.load(tile_ids + step // PARTS_K)
             c, n, inside = positions_of(listed, step % PARTS_K, num_keys, BLOCK_K, BN)
             j = tokens_of(key_order, n, inside, KEY_ORDER, WIDE)
+            inside = real_keys(real, j, inside, real_n, REAL)
             k = load_rows(key, j * k_n, inside, DIM, BLOCK_D, UPCAST)
             v = load_rows(value, j * v_n, inside, DIM_V, BLOCK_DV, UPCAST)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             seen = visible(
-                real, tiles, tile, j, i, inside, valid, c, m, real_n, num_keys - num_queries,
-                REAL, CAUSAL, PARTIAL, BLOCK_Q, BLOCK_K, False,
+                tiles, tile, j, i, inside, valid, c, m, num_keys - num_queries,
+                CAUSAL, PARTIAL, BLOCK_Q, BLOCK_K, False,
             )  # fmt: skip
             p = tl.math.exp2(tl.where(seen, s, float("-inf")) - lse2[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - d[:, None])
@@ -130,8 +132,9 @@ def block_sparse_grad_key_value(
 
     c, n, inside = positions_of(block, tl.program_id(0) % PARTS_K, num_keys, BLOCK_K, BN)
     j = tokens_of(key_order, n, inside, KEY_ORDER, WIDE)
-    k = load_rows(key, j * k_n, inside, DIM, BLOCK_D, UPCAST)
-    v = load_rows(value, j * v_n, inside, DIM_V, BLOCK_DV, UPCAST)
+    there = real_keys(real, j, inside, real_n, REAL)
+    k = load_rows(key, j * k_n, there, DIM, BLOCK_D, UPCAST)
+    v = load_rows(value, j * v_n, there, DIM_V, BLOCK_DV, UPCAST)
     acc_k = tl.zeros([BN, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BN, BLOCK_DV], tl.float32)
     for member in range(HEADS_PER_KV):
@@ -152,8 +155,8 @@ def block_sparse_grad_key_value(
             lse2, d = load_statistics(lse, delta, i * heads + h, valid)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
             seen = visible(
-                real, tiles, tile, j, i, inside, valid, c, m, real_n, num_keys - num_queries,
-                REAL, CAUSAL, PARTIAL, BLOCK_Q, BLOCK_K, True,
+                tiles, tile, j, i, there, valid, c, m, num_keys - num_queries,
+                CAUSAL, PARTIAL, BLOCK_Q, BLOCK_K, True,
             )  # fmt: skip
             p = tl.math.exp2(tl.where(seen, s, float("-inf")) - lse2[None, :])
             if GRAD_VALUE:

@@ -1,6 +1,7 @@
 """The floor: one function per attention operation, on CPU and GPU, with one meaning whichever back end serves it.
 
     neighborhood_attention   1-D, 2-D, 3-D sliding windows (na1d, na2d, na3d: NATTEN's names); neighborhood_logits
+    block_sparse_attention   attention over listed blocks of keys; BlockSparsity, axis_order, tile_order
     edited_attention         attention whose softmax is edited for some rows; grouped_attention, combine_groups,
                              group_masses, group_value_mean, attention_probs, attention_column_sums, Visibility
     pooled_attention         softmax attention through a few agent tokens, in two stages
@@ -13,6 +14,7 @@
 torch is needed, triton only by the back end of that name.
 """
 
+from attnzoo.kernels.block_sparse_attention import BlockSparsity, axis_order, block_sparse_attention, tile_order
 from attnzoo.kernels.dispatch import BACKENDS, not_supported_reasons, use_backend
 from attnzoo.kernels.edited_attention import (
     Visibility,
@@ -34,9 +36,12 @@ from attnzoo.kernels.sampled_window_attention import positions_from_normalized, 
 __all__ = [
     "BACKENDS",
     "Plan",
+    "BlockSparsity",
     "Visibility",
     "attention_column_sums",
     "attention_probs",
+    "axis_order",
+    "block_sparse_attention",
     "combine_groups",
     "edited_attention",
     "group_masses",
@@ -54,5 +59,6 @@ __all__ = [
     "pooled_attention",
     "positions_from_normalized",
     "sampled_window_attention",
+    "tile_order",
     "use_backend",
 ]

@@ -44,6 +44,7 @@ OPERATIONS = (
     "attnzoo.kernels.edited_attention.triton_backward",
     "attnzoo.kernels.edited_attention.triton_readout",
     "attnzoo.kernels.sampled_window_attention.triton",
+    "attnzoo.kernels.block_sparse_attention.triton",
 )
 BEGIN, END = "<!-- aot: begin -->", "<!-- aot: end -->"
 

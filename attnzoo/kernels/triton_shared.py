@@ -52,7 +52,7 @@ def store_rows(pointer, offsets, valid, tile, COLUMNS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def softmax_step(logits, top, total):
-    """Base-2 logits [BM, BN] into running maximum and sum; also their weights and how much what was before fades."""
+    """Base-2 logits [BM, BN] into running maximum and sum; also the weights, and the factor of what came before."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have met no key yet
     p = tl.math.exp2(logits - safe[:, None])
@@ -64,7 +64,16 @@ def softmax_step(logits, top, total):
 def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
     """One step: base-2 logits [BM, BN] and values [BN, DV] into running maximum, sum and weighted values."""
     top, total, p, fade = softmax_step(logits, top, total)
-    return top, total, tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return top, total, acc
+
+
+@triton.jit
+def load_statistics(lse, delta, rows, valid):
+    """Base-2 lse and delta per query; +inf where a query saw no key, so that its weights are 0 and not NaN."""
+    natural = tl.load(lse + rows, mask=valid, other=float("-inf"))
+    lse2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
+    return lse2, tl.load(delta + rows, mask=valid, other=0.0)
 
 
 def precision() -> str:

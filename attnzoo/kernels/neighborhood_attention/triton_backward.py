@@ -49,19 +49,11 @@ from attnzoo.kernels.neighborhood_attention.triton import (
     visible,
     window,
 )
-from attnzoo.kernels.triton_shared import LOG2E, load_rows, on_device, store_rows
+from attnzoo.kernels.triton_shared import LOG2E, load_rows, load_statistics, on_device, store_rows
 
 MOVES = [f"{name}{axis}" for name in ("origin", "moves") for axis in range(3)]
 BIAS_PROGRAMS = 1024  # programs of na_grad_offset_bias in flight: bounds its partial sums to 16 MB at 64 x 64 pairs
 EXTRA_PROGRAMS = 512  # programs of na_grad_extra aimed at
-
-
-@triton.jit
-def load_statistics(lse, delta, rows, valid):
-    """Base-2 lse and delta per query; +inf where a query saw no key, so that its weights are 0 and not NaN."""
-    natural = tl.load(lse + rows, mask=valid, other=float("-inf"))
-    lse2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
-    return lse2, tl.load(delta + rows, mask=valid, other=0.0)
 
 
 @triton.jit(do_not_specialize=GEOMETRY)

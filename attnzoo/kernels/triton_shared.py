@@ -69,11 +69,16 @@ def online_softmax(logits, v, top, total, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_statistics(lse, delta, rows, valid):
-    """Base-2 lse and delta per query; +inf where a query saw no key, so that its weights are 0 and not NaN."""
+def load_lse(lse, rows, valid):
+    """Base-2 lse per query; +inf where a query saw no key, so that its weights are 0 and not NaN."""
     natural = tl.load(lse + rows, mask=valid, other=float("-inf"))
-    lse2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
-    return lse2, tl.load(delta + rows, mask=valid, other=0.0)
+    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
+
+
+@triton.jit
+def load_statistics(lse, delta, rows, valid):
+    """`load_lse`, and delta per query."""
+    return load_lse(lse, rows, valid), tl.load(delta + rows, mask=valid, other=0.0)
 
 
 def precision() -> str:

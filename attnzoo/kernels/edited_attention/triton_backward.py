@@ -33,7 +33,6 @@ from attnzoo.kernels.edited_attention.triton_parts import (
     edited_logits,
     groups_present,
     launch_with,
-    load_lse,
     of_batch,
     on_meta,
     per_key,
@@ -43,7 +42,7 @@ from attnzoo.kernels.edited_attention.triton_parts import (
     walk,
 )
 from attnzoo.kernels.launch import launch, vendor
-from attnzoo.kernels.triton_shared import load_rows, on_device, store_rows
+from attnzoo.kernels.triton_shared import load_lse, load_rows, on_device, store_rows
 
 # (rows, keys, warps, stages) of every kernel by element size and the power of two, from 32, that holds both head dims.
 TILES = {

@@ -171,13 +171,6 @@ def edited_logits(
     return s, tl.where(seen, z * (LOG2E / temperature), float("-inf"))
 
 
-@triton.jit
-def load_lse(lse, rows, valid):
-    """Base-2 lse of rows; +inf for a row without keys, so that its probabilities are 0 and not NaN."""
-    natural = tl.load(lse + rows, mask=valid, other=float("-inf"))
-    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
-
-
 # ------------------------------------------------------------------------------------------------------- the launchers
 
 

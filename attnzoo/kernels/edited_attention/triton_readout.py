@@ -26,7 +26,6 @@ from attnzoo.kernels.edited_attention.triton_parts import (
     common_arguments,
     edited_logits,
     launch_with,
-    load_lse,
     of_batch,
     on_meta,
     products,
@@ -34,7 +33,7 @@ from attnzoo.kernels.edited_attention.triton_parts import (
     span_of,
 )
 from attnzoo.kernels.launch import vendor
-from attnzoo.kernels.triton_shared import load_rows, on_device
+from attnzoo.kernels.triton_shared import load_lse, load_rows, on_device
 
 # (rows, keys, warps, stages) by element size and the power of two, from 32, that holds the head dim.
 TILES = {

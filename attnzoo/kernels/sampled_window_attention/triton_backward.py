@@ -40,16 +40,9 @@ from attnzoo.kernels.sampled_window_attention.triton import (
     strides,
     window_queries,
 )
-from attnzoo.kernels.triton_shared import LOG2E, load_rows, on_device, store_rows
+from attnzoo.kernels.triton_shared import LOG2E, load_lse, load_rows, on_device, store_rows
 
 BIAS_PROGRAMS = 1024  # programs of sampled_grad_bias aimed at: their partial sums are bounded by it
-
-
-@triton.jit
-def base2_lse(lse, rows, valid):
-    """Base-2 lse per query; +inf where a query saw no key, so that its weights are 0 and not NaN."""
-    natural = tl.load(lse + rows, mask=valid, other=float("-inf"))
-    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
 
 
 @triton.jit
@@ -98,7 +91,7 @@ def sampled_grad_query(
     d = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         d -= tl.load(grad_lse + row, mask=valid, other=0.0)
-    lse2 = base2_lse(lse, row, valid)
+    lse2 = load_lse(lse, row, valid)
     d = tl.where(lse2 == float("inf"), 0.0, d)
     tl.store(delta + row, d, mask=valid)
     if BIAS:
@@ -222,7 +215,7 @@ def sampled_grad_keys(
         row = first_row + token.to(tl.int64) * heads
         q = load_rows(query, cell_offsets(y, x, q_y, q_x, WIDE), valid, DIM, BLOCK_D, UPCAST)
         do = load_rows(grad_out, cell_offsets(y, x, do_y, do_x, WIDE), valid, DIM_V, BLOCK_DV, UPCAST)
-        lse2 = base2_lse(lse, row, valid)
+        lse2 = load_lse(lse, row, valid)
         d = tl.load(delta + row, mask=valid, other=0.0)
         d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p, ds = weights_and_slopes(
@@ -302,7 +295,7 @@ def sampled_grad_bias(
             DIM, BLOCK_D, WIDE, UPCAST,
         )  # fmt: skip
         q = load_rows(queries, cell_offsets(y, x, q_y, q_x, WIDE), valid, DIM, BLOCK_D, UPCAST)
-        lse2 = base2_lse(lse, row, valid)
+        lse2 = load_lse(lse, row, valid)
         d = tl.load(delta + row, mask=valid, other=0.0)
         _, ds = weights_and_slopes(
             q, k, d_weights, bias, bias_row, n, num_samples, lse2, d, valid, scale, BIAS, PRECISION

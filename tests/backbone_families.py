@@ -26,5 +26,18 @@ FAMILIES: dict[str, Family] = {
     "dinat": ("dinat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "dinat_s": ("dinat_s_tiny", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "nat_isotropic": ("nat_isotropic_small", {**_ISO, "kernel_size": 3}, (40, 40), "img_size 40 x 40"),
+    "maxvit_cells": (
+        "maxvit_tiny_tf_512_attnzoo",
+        {
+            "img_size": 64,
+            "embed_dim": (8, 16),
+            "depths": (1, 1),
+            "stem_width": 8,
+            "head_hidden_size": 16,
+            "transformer_dim_head": 4,
+        },
+        (64, 64),
+        "windows of 2 x 2 do not divide",
+    ),
     "vitrpb": ("vitrpb_small", _ISO, (40, 40), "img_size 40 x 40"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.halo_attn import HaloAttn
-from timm.models.byobnet import ByobNet, ByoBlockCfg, ByoModelCfg
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.davit import ChannelAttention, ChannelAttentionV2
 from timm.models.shvit import SHSA
 from torch import Tensor, nn

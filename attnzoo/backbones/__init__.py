@@ -4,20 +4,23 @@
     model = timm.create_model("dinat_tiny")
 
 Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
-ViT-RPB (nat_isotropic.py).
+ViT-RPB (nat_isotropic.py), MaxViT on our kernel (maxvit_cells.py; timm_families.py: authors' files for timm's models).
 """
 
 from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.inference import classify, load_model, preprocess
+from attnzoo.backbones.maxvit_cells import MaxxVitCells, use_cell_attention
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
+from attnzoo.backbones.timm_families import load_official_shvit
 
 __all__ = [
     "NAT",
     "DiNAT",
     "DiNAT_s",
+    "MaxxVitCells",
     "NATIsotropic",
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",
@@ -25,5 +28,7 @@ __all__ = [
     "classify",
     "feature_norms",
     "load_model",
+    "load_official_shvit",
     "preprocess",
+    "use_cell_attention",
 ]

@@ -1,8 +1,8 @@
 """Families that timm has itself (SHViT, DaViT, MaxViT, HaloNet, MambaOut): the authors' files into timm's own models.
 
-Nothing of these models is copied here. What timm's `checkpoint_filter_fn` can't read is renamed: SHViT's published names
-(github.com/ysj9909/SHViT @6a729cc, MIT licence; arXiv:2401.16456). DaViT's published files need nothing of ours: timm
-reads them (`timm.create_model("davit_tiny", checkpoint_path=...)`).
+Nothing of these models is copied here. What timm's `checkpoint_filter_fn` can't read is renamed: SHViT's published
+names (github.com/ysj9909/SHViT @6a729cc, MIT licence; arXiv:2401.16456). DaViT's published files need nothing of ours:
+timm reads them (`timm.create_model("davit_tiny", checkpoint_path=...)`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _SHVIT = re.compile(r"^blocks([123])\.(\d+)\.(.*)$")
 def rename_official_shvit(state_dict: dict[str, Any]) -> dict[str, Any]:
     """SHViT's published checkpoint (or the entry that holds it) under timm's names; timm's own names stay.
 
-    The authors count each later stage's downsampling among its blocks: entries 0 to 2 of `blocks2` and `blocks3` are two
-    residual layers, the patch merging, and two residual layers more; the blocks follow.
+    The authors count each later stage's downsampling among its blocks: entries 0 to 2 of `blocks2` and `blocks3` are
+    two residual layers, the patch merging, and two residual layers more; the blocks follow.
     """
     renamed = {}
     for key, value in unwrap_checkpoint(state_dict).items():

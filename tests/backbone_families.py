@@ -39,5 +39,11 @@ FAMILIES: dict[str, Family] = {
         (64, 64),
         "windows of 2 x 2 do not divide",
     ),
+    "transnext": (
+        "transnext_micro",
+        {"img_size": 64, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 4), "depths": (1, 1, 2, 1)},
+        (64, 64),
+        [(45, 61), (27, 25), (96, 64)],
+    ),
     "vitrpb": ("vitrpb_small", _ISO, (40, 40), "img_size 40 x 40"),
 }

@@ -4,10 +4,12 @@
     model = timm.create_model("dinat_tiny")
 
 Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
-ViT-RPB (nat_isotropic.py), MaxViT on our kernel (maxvit_cells.py; timm_families.py: authors' files for timm's models).
+ViT-RPB (nat_isotropic.py), TransNeXt (transnext.py), MaxViT on our kernel
+(maxvit_cells.py). timm_families.py: authors' files for timm's own models.
 """
 
 from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
+from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAttention
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.maxvit_cells import MaxxVitCells, use_cell_attention
@@ -15,8 +17,12 @@ from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
 from attnzoo.backbones.timm_families import load_official_shvit
+from attnzoo.backbones.transnext import TransNeXt
 
 __all__ = [
+    "AggregatedAttention",
+    "CosineAttention",
+    "TransNeXt",
     "NAT",
     "DiNAT",
     "DiNAT_s",

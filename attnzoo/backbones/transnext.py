@@ -178,13 +178,13 @@ class TransNeXt(LeveledModel):
                 **dd,
             }
             window = window_size[i]
-            if sr_ratio != 1 and window is None:
-                raise ValueError(f"window_size[{i}] must be an odd number where sr_ratios[{i}] is not 1, got None")
             blocks = []
             for _ in range(depths[i]):
                 attn: nn.Module
                 if sr_ratio == 1:
                     attn = CosineAttention(dim, heads, **shared)
+                elif window is None:
+                    raise ValueError(f"window_size[{i}] must be an odd number where sr_ratios[{i}] is not 1, got None")
                 else:
                     attn = AggregatedAttention(dim, heads, window, sr_ratio, fixed_pool_size=fixed_pool_size, **shared)
                 mlp = ConvGLU(dim, int(dim * ratio), proj_drop_rate, **dd)

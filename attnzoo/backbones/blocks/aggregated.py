@@ -136,9 +136,9 @@ class CosineAttention(_LengthScaledCosine):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         query = self._scaled(F.normalize(query, dim=-1), math.log(height * width))
         key = F.normalize(key, dim=-1)
-        tokens = [t.flatten(1, 2).transpose(1, 2).to(value.dtype) for t in (query, key, value)]
+        query, key, value = (t.flatten(1, 2).transpose(1, 2).to(value.dtype) for t in (query, key, value))
         bias = self._bias((height, width), (height, width)).to(value.dtype)
-        out = F.scaled_dot_product_attention(*tokens, attn_mask=bias, scale=1.0)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2).unflatten(1, (height, width))))
 
 

@@ -20,6 +20,7 @@ _NAT = {
     "dilations": ((1, 2), (1,)),
 }
 _ISO = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 40, "patch_size": 8}
+_FAN = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -42,6 +43,26 @@ FAMILIES: dict[str, Family] = {
     "transnext": (
         "transnext_micro",
         {"img_size": 64, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 4), "depths": (1, 1, 2, 1)},
+        (64, 64),
+        [(45, 61), (27, 25), (96, 64)],
+    ),
+    "fan": ("fan_tiny_12_p16_224", _FAN, (32, 32), [(45, 61), (27, 25)]),
+    "fan_hybrid": (
+        "fan_tiny_8_p4_hybrid",
+        {**_FAN, "hybrid_depths": (1, 1), "hybrid_dims": (8, 12)},
+        (48, 32),
+        [(45, 61), (27, 25)],
+    ),
+    "tap_fan": ("tap_fan_tiny_12_p16_224", {**_FAN, "num_scales": 3}, (32, 48), [(45, 61), (27, 25)]),
+    "fan_swin": (
+        "fan_swin_tiny_patch4_window7_224",
+        {"img_size": 64, "embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 4},
+        (64, 64),
+        "img_size 64 x 64",
+    ),
+    "tap_rvt": (
+        "tap_rvt_base_plus",
+        {"base_dims": (8, 8), "heads": (1, 2), "depths": (2, 1), "masked_blocks": 1, "mask_grid": (4, 4)},
         (64, 64),
         [(45, 61), (27, 25), (96, 64)],
     ),

@@ -174,7 +174,7 @@ class FAN(LeveledModel):
                 block.downsample = _Downsample(dim, dims[i + 1], **dd)
                 reduction *= 2
             blocks.append(block)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Any = nn.ModuleList(blocks)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[-1], **dd))
         self.cls_attn_blocks = nn.ModuleList(
             ClassAttentionBlock(
@@ -184,7 +184,7 @@ class FAN(LeveledModel):
                 qkv_bias,
                 proj_drop=proj_drop_rate,
                 attn_drop=attn_drop_rate,
-                norm_layer=norm_layer,
+                norm_layer=norm_layer,  # type: ignore[arg-type]
                 eta=eta,
                 tokens_norm=tokens_norm,
                 **dd,

@@ -45,12 +45,13 @@ class FANSwin(SwinTransformer):
 
     def __init__(self, *args: Any, mlp_type: Sequence[str] = ("FAN", "FAN", "FAN", "Mlp"), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         if len(mlp_type) != len(self.layers):
             raise ValueError(f"mlp_type must have one entry per stage ({len(self.layers)}), got {list(mlp_type)}")
-        for kind, stage in zip(mlp_type, self.layers):
+        for i, kind in enumerate(mlp_type):
             check_choice("mlp_type", kind, ("FAN", "Mlp"))
-            for block in stage.blocks if kind == "FAN" else ():
+            blocks: Any = self.layers[i].blocks
+            for block in blocks if kind == "FAN" else ():
                 fc1 = block.mlp.fc1
                 block.mlp = ChannelProcessing(
                     fc1.in_features,
@@ -74,7 +75,7 @@ class FANSwin(SwinTransformer):
         return super().forward_intermediates(x, *args, **kwargs)
 
     def _check(self, x: Tensor) -> None:
-        wanted = self.patch_embed.img_size
+        wanted: Any = self.patch_embed.img_size
         if not self.dynamic_img_size and tuple(x.shape[-2:]) != tuple(wanted):
             raise ValueError(
                 f"x must be of img_size {wanted[0]} x {wanted[1]}, got {x.shape[-2]} x {x.shape[-1]}; build with "
@@ -125,7 +126,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FANSwin:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"flatten_sequential": True, "out_indices": tuple(range(len(args["depths"])))},
+        feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(args["depths"])))},
         **args,
     )
 

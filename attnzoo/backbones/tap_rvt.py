@@ -155,6 +155,8 @@ class _Block(nn.Module):
 
 
 class _Stage(nn.Module):
+    blocks: nn.ModuleList
+
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -269,7 +271,7 @@ class TAPRVT(LeveledModel):
             if i + 1 < len(dims):
                 pools.append(_Pool(dim, dims[i + 1], **dd))
             self.feature_info.append({"num_chs": dim, "reduction": patch_size * 2**i, "module": f"transformers.{i}"})
-        self.transformers = nn.ModuleList(stages)
+        self.transformers: Any = nn.ModuleList(stages)
         self.pools = nn.ModuleList(pools)
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6, **dd)
         self.grad_checkpointing = False

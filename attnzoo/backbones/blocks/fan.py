@@ -155,8 +155,6 @@ class FANBlock(nn.Module):
         norm_layer: called with dim.
     """
 
-    downsample: nn.Module | None = None
-
     def __init__(
         self,
         dim: int,
@@ -176,6 +174,7 @@ class FANBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.downsample: nn.Module | None = None  # a model with varying widths puts one here
         self.norm1 = norm_layer(dim, **dd)
         self.attn = TokenMixing(dim, num_heads, qkv_bias, attn_drop, drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()

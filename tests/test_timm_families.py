@@ -54,10 +54,9 @@ def test_weights_go_both_ways():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", [384, 512])
-@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xlarge"])
-def test_published_variants(size, side):
-    names = [f"maxvit_{size}_tf_{side}{suffix}" for suffix in ("", "_attnzoo")]
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_published_variants(size):
+    names = [f"maxvit_{size}_tf_512{suffix}" for suffix in ("", "_attnzoo")]
     theirs, ours = (timm.create_model(name, device="meta") for name in names)
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
     assert ours.pretrained_cfg["hf_hub_id"] == theirs.pretrained_cfg["hf_hub_id"]

@@ -5,9 +5,9 @@ https://arxiv.org/abs/2204.01697. Code: timm's `models/maxxvit.py` (Apache-2.0),
 timm's (converted from https://github.com/google-research/maxvit, Apache-2.0) and go both ways, names unchanged.
 
 Block attention is neighborhood attention with stride = kernel size, grid attention the same with the widest dilation:
-the map is never cut into windows and put together again, and the bias stays a table by offset. Worth it for the windows
-of 12 x 12 and 16 x 16 of the 384 and 512 models; timm's own is faster at 7 x 7 (docs/backbones.md has the numbers), so
-those have no variant here.
+the map is never cut into windows and put together again, and the bias stays a table by offset. Worth it for the 16 x 16
+windows of the 512 models; at 12 x 12 the gain is within a few percent, and at 7 x 7 timm's own is faster, so those have
+no variant (docs/backbones.md has the numbers; `use_cell_attention` converts any MaxViT of timm's).
 
 Differences from timm: another image size than the windows divide raises ValueError (timm: AssertionError).
 """
@@ -88,82 +88,39 @@ class MaxxVitCells(MaxxVit):
         use_cell_attention(self)
 
 
-_SIZES = ("tiny", "small", "base", "large", "xlarge")
-_NAMES = [f"maxvit_{size}_tf_{side}" for size in _SIZES for side in (384, 512)]
+_NAMES = ("maxvit_tiny_tf_512", "maxvit_small_tf_512", "maxvit_base_tf_512")
 default_cfgs = generate_default_cfgs(
     {f"{name}_attnzoo.{cfg.tag}": cfg.to_dict() for name in _NAMES if (cfg := get_pretrained_cfg(name)) is not None}
 )
 
 
-def _create(size: str, side: int, pretrained: bool, kwargs: dict[str, Any]) -> MaxxVitCells:
+def _create(size: str, pretrained: bool, kwargs: dict[str, Any]) -> MaxxVitCells:
     model_cfg = model_cfgs[f"maxvit_{size}_tf"]
     levels = len(kwargs.get("depths", model_cfg.depths)) + 1
     return build_model_with_cfg(
         MaxxVitCells,
-        f"maxvit_{size}_tf_{side}_attnzoo",
+        f"maxvit_{size}_tf_512_attnzoo",
         pretrained,
         model_cfg=model_cfg,
         feature_cfg={"flatten_sequential": True, "out_indices": tuple(range(levels))},
         pretrained_filter_fn=checkpoint_filter_fn,
-        **{"img_size": side, **kwargs},
+        **{"img_size": 512, **kwargs},
     )
-
-
-@register_model
-def maxvit_tiny_tf_384_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
-    """timm's maxvit_tiny_tf_384 on attnzoo's kernel."""
-    return _create("tiny", 384, pretrained, kwargs)
 
 
 @register_model
 def maxvit_tiny_tf_512_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
     """timm's maxvit_tiny_tf_512 on attnzoo's kernel."""
-    return _create("tiny", 512, pretrained, kwargs)
-
-
-@register_model
-def maxvit_small_tf_384_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
-    """timm's maxvit_small_tf_384 on attnzoo's kernel."""
-    return _create("small", 384, pretrained, kwargs)
+    return _create("tiny", pretrained, kwargs)
 
 
 @register_model
 def maxvit_small_tf_512_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
     """timm's maxvit_small_tf_512 on attnzoo's kernel."""
-    return _create("small", 512, pretrained, kwargs)
-
-
-@register_model
-def maxvit_base_tf_384_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
-    """timm's maxvit_base_tf_384 on attnzoo's kernel."""
-    return _create("base", 384, pretrained, kwargs)
+    return _create("small", pretrained, kwargs)
 
 
 @register_model
 def maxvit_base_tf_512_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
     """timm's maxvit_base_tf_512 on attnzoo's kernel."""
-    return _create("base", 512, pretrained, kwargs)
-
-
-@register_model
-def maxvit_large_tf_384_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
-    """timm's maxvit_large_tf_384 on attnzoo's kernel."""
-    return _create("large", 384, pretrained, kwargs)
-
-
-@register_model
-def maxvit_large_tf_512_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
-    """timm's maxvit_large_tf_512 on attnzoo's kernel."""
-    return _create("large", 512, pretrained, kwargs)
-
-
-@register_model
-def maxvit_xlarge_tf_384_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
-    """timm's maxvit_xlarge_tf_384 on attnzoo's kernel."""
-    return _create("xlarge", 384, pretrained, kwargs)
-
-
-@register_model
-def maxvit_xlarge_tf_512_attnzoo(pretrained: bool = False, **kwargs: Any) -> MaxxVitCells:
-    """timm's maxvit_xlarge_tf_512 on attnzoo's kernel."""
-    return _create("xlarge", 512, pretrained, kwargs)
+    return _create("base", pretrained, kwargs)

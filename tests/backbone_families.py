@@ -25,12 +25,52 @@ _PVT = {"embed_dims": (8, 16), "depths": (2, 1), "num_heads": (2, 2), "mlp_ratio
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "mlp_ratio": 2.0}
 _CSWIN = {**_SWIN, "split_size": (2, 2)}
 _AGENT = {"img_size": (48, 32), "agent_num": (4, 9)}
+_FAN = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "dinat": ("dinat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "dinat_s": ("dinat_s_tiny", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "nat_isotropic": ("nat_isotropic_small", {**_ISO, "kernel_size": 3}, (40, 40), "img_size 40 x 40"),
+    "maxvit_cells": (
+        "maxvit_tiny_tf_512_attnzoo",
+        {
+            "img_size": 64,
+            "embed_dim": (8, 16),
+            "depths": (1, 1),
+            "stem_width": 8,
+            "head_hidden_size": 16,
+            "transformer_dim_head": 4,
+        },
+        (64, 64),
+        "windows of 2 x 2 do not divide",
+    ),
+    "transnext": (
+        "transnext_micro",
+        {"img_size": 64, "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 4), "depths": (1, 1, 2, 1)},
+        (64, 64),
+        [(45, 61), (27, 25), (96, 64)],
+    ),
+    "fan": ("fan_tiny_12_p16_224", _FAN, (32, 32), [(45, 61), (27, 25)]),
+    "fan_hybrid": (
+        "fan_tiny_8_p4_hybrid",
+        {**_FAN, "hybrid_depths": (1, 1), "hybrid_dims": (8, 12)},
+        (48, 32),
+        [(45, 61), (27, 25)],
+    ),
+    "tap_fan": ("tap_fan_tiny_12_p16_224", {**_FAN, "num_scales": 3}, (32, 48), [(45, 61), (27, 25)]),
+    "fan_swin": (
+        "fan_swin_tiny_patch4_window7_224",
+        {"img_size": 64, "embed_dim": 8, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 2, 4), "window_size": 4},
+        (64, 64),
+        "img_size 64 x 64",
+    ),
+    "tap_rvt": (
+        "tap_rvt_base_plus",
+        {"base_dims": (8, 8), "heads": (1, 2), "depths": (2, 1), "masked_blocks": 1, "mask_grid": (4, 4)},
+        (64, 64),
+        [(45, 61), (27, 25), (96, 64)],
+    ),
     "vitrpb": ("vitrpb_small", _ISO, (40, 40), "img_size 40 x 40"),
     "agent_deit": ("agent_deit_tiny", {**_VIT, "agent_num": (4, 4, 4, 4)}, (32, 40), "set_input_size"),
     "agent_pvt": (
@@ -45,6 +85,22 @@ FAMILIES: dict[str, Family] = {
         {**_CSWIN, **_AGENT, "attn_type": "MA1", "la_split_size": (2, None)},
         (48, 32),
         "set_input_size",
+    ),
+    "moh_transnext": (
+        "moh_transnext_small_75",
+        {
+            "embed_dims": (8, 16),
+            "depths": (1, 2),
+            "num_heads": (2, 4),
+            "mlp_ratios": (2, 2),
+            "sr_ratios": (2, 1),
+            "window_size": (3, None),
+            "img_size": 32,
+            "shared_head": (2, 1),
+            "routed_head": (0, 2),
+        },
+        (32, 40),
+        [(45, 61)],
     ),
     "inline_deit": ("inline_deit_tiny", _VIT, (32, 40), "set_input_size"),
     "inline_pvt": (

@@ -36,7 +36,8 @@ def test_no_method_is_without_a_row():
     named = {m.name for m in METHODS}
     assert named >= {*generators.METHODS, *session.METHODS}
     ours = {n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__.startswith("attnzoo.")}
-    assert ours == {model for m in METHODS for model in m.models if m.room == "backbones"}
+    named = {model for m in METHODS for model in m.models if m.room == "backbones"}
+    assert ours <= named and named <= set(timm.list_models())  # some rows name models that timm owns
 
 
 def test_narrowing_and_mistakes():

@@ -3,19 +3,28 @@
     import attnzoo, timm
     model = timm.create_model("dinat_tiny")
 
-Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
-ViT-RPB (nat_isotropic.py), Agent Attention (agent.py) and InLine attention (inline.py) in DeiT, PVT, Swin and CSwin.
+One file a family; `attnzoo list backbones` and docs/backbones.md name them all.
 """
 
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
 from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
+from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAttention
+from attnzoo.backbones.blocks.fan import ChannelProcessing
+from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
 from attnzoo.backbones.dinat_s import DiNAT_s
+from attnzoo.backbones.fan import FAN
+from attnzoo.backbones.fan_swin import FANSwin
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
+from attnzoo.backbones.maxvit_cells import MaxxVitCells, use_cell_attention
 from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
-from attnzoo.backbones.nat import NAT, DiNAT
+from attnzoo.backbones.moh_transnext import MoHTransNeXt
+from attnzoo.backbones.nat import DiNAT, NAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
+from attnzoo.backbones.tap_rvt import RVTAttention, TAPRVT
+from attnzoo.backbones.timm_families import load_official_shvit
+from attnzoo.backbones.transnext import TransNeXt
 from attnzoo.backbones.weights import LoadReport, convert, load_published
 
 __all__ = [
@@ -23,25 +32,39 @@ __all__ = [
     "AgentDeiT",
     "AgentPVT",
     "AgentSwin",
+    "AggregatedAttention",
+    "ChannelProcessing",
+    "CosineAttention",
+    "DiNAT",
+    "DiNAT_s",
+    "FAN",
+    "FANSwin",
     "InLineCSwin",
     "InLineDeiT",
     "InLinePVT",
     "InLineSwin",
-    "MOH_DIT",
-    "MoHDiT",
-    "NAT",
     "LoadReport",
-    "DiNAT",
-    "DiNAT_s",
+    "MOH_DIT",
+    "MaxxVitCells",
+    "MoHDiT",
+    "MoHTransNeXt",
+    "NAT",
     "NATIsotropic",
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",
+    "RVTAttention",
+    "TAPRVT",
+    "TokenAwarePooling",
+    "TransNeXt",
+    "attention_diversification_loss",
     "attention_saliency",
     "classify",
     "convert",
     "feature_norms",
     "load_model",
+    "load_official_shvit",
     "load_published",
     "moh_dit",
     "preprocess",
+    "use_cell_attention",
 ]

@@ -25,18 +25,20 @@ class TimmHead(nn.Module, ABC):
     """What timm expects of every classifier here: pooling, the last Linear, and the ways to change them.
 
     Subclasses set num_features and call `_init_head`; their `forward_features` returns a map in `output_fmt`,
-    [B, H, W, num_features] or [B, num_features, H, W]. `head_name` is the published checkpoints' name of the Linear.
+    [B, H, W, num_features] or [B, num_features, H, W]. `head_name` is the published checkpoints' name of the Linear,
+    `pool_choices` those of global_pool.
     """
 
     output_fmt: ClassVar[str] = "NHWC"
     head_name: ClassVar[str] = "head"
+    pool_choices: ClassVar[tuple[str, ...]] = ("avg", "")
     num_features: int
     feature_info: list[dict[str, Any]]
 
     def _init_head(self, num_classes: int, in_chans: int, global_pool: str, drop_rate: float, dd: dict) -> None:
         check_range("num_classes", num_classes, low=0)
         check_range("drop_rate", drop_rate, 0.0, 1.0)
-        check_choice("global_pool", global_pool, ("avg", ""))
+        check_choice("global_pool", global_pool, self.pool_choices)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.head_hidden_size = self.num_features
@@ -63,7 +65,7 @@ class TimmHead(nn.Module, ABC):
         """A new head of `num_classes` outputs (0: none), and another pooling ("avg", "" for the map) if given."""
         check_range("num_classes", num_classes, low=0)
         if global_pool is not None:
-            check_choice("global_pool", global_pool, ("avg", ""))
+            check_choice("global_pool", global_pool, self.pool_choices)
             self.global_pool = global_pool
         self.num_classes = num_classes
         parameter = next(self.parameters())

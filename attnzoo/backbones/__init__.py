@@ -5,8 +5,10 @@
 
 Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
 ViT-RPB (nat_isotropic.py), Agent Attention (agent.py) and InLine attention (inline.py) in DeiT, PVT, Swin and CSwin.
+Image-to-image models (HAT, A2N), which are not timm's: `attnzoo.backbones.restoration`.
 """
 
+from attnzoo.backbones import restoration
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
 from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.dinat_s import DiNAT_s
@@ -44,4 +46,5 @@ __all__ = [
     "load_published",
     "moh_dit",
     "preprocess",
+    "restoration",
 ]

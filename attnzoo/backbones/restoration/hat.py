@@ -257,8 +257,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: HAT) -> dict[str, An
     }
     for name, index in own.items():
         stored = state.get(name)
-        comparable = isinstance(stored, Tensor) and not stored.is_floating_point() and stored.shape == index.shape
-        if comparable and not stored.is_meta and not torch.equal(stored.cpu(), index):
+        if not isinstance(stored, Tensor) or stored.is_floating_point() or stored.shape != index.shape:
+            continue
+        if not stored.is_meta and not torch.equal(stored.cpu(), index):
             raise ValueError(f"{name} of the checkpoint is not this model's: it was trained with other positions")
     fitted: dict[str, Any] = {}
     parameters = dict(model.named_parameters())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +27,6 @@ Picture = TypeVar("Picture", Tensor, Image.Image)
 _AXES = ("height", "width")
 
 
-@torch.no_grad()
 def restore(
     model: nn.Module,
     image: Picture,
@@ -54,18 +54,24 @@ def restore(
     and are not clamped to 0 to 1; PIL images are.
     Raises TypeError or ValueError naming the argument, before the model runs.
     """
-    upscale, multiple = getattr(model, "upscale", None), getattr(model, "multiple", 1)
-    if not isinstance(model, nn.Module) or not isinstance(upscale, int):
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "upscale", None), int):
         raise TypeError(f"model must be a Restorer (a module with upscale and multiple), got {type(model).__name__}")
+    if not isinstance(image, Image.Image):
+        return _restore(model, image, tile, overlap, margin, progress)
     channels = getattr(model, "in_chans", 3)
-    if isinstance(image, Image.Image):
-        if channels not in (1, 3):
-            raise ValueError(f"image must be a tensor for a model of {channels} channels, got a PIL image")
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-        given = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
-        out = restore(model, given, tile, overlap, margin=margin, progress=progress)
-        array = (out.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        return Image.fromarray(array[..., 0] if channels == 1 else array)
+    if channels not in (1, 3):
+        raise ValueError(f"image must be a tensor for a model of {channels} channels, got a PIL image")
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
+    given = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+    out = _restore(model, given, tile, overlap, margin, progress)
+    array = (out.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if channels == 1 else array)
+
+
+@torch.no_grad()
+def _restore(model: Any, image: Tensor, tile: Any, overlap: Any, margin: int | None, progress: bool) -> Tensor:
+    """`restore` of a tensor."""
+    upscale, multiple, channels = model.upscale, getattr(model, "multiple", 1), getattr(model, "in_chans", 3)
     check_tensor("image", image)
     if image.ndim not in (3, 4) or image.shape[-3] != channels or not all(image.shape):
         raise ValueError(f"image must be [{channels}, H, W] or [B, {channels}, H, W], got {tuple(image.shape)}")
@@ -75,12 +81,12 @@ def restore(
     images = image if image.ndim == 4 else image[None]
     like = next(model.parameters(), images)
     white = float(getattr(model, "value_range", 1.0))
+    dtype = torch.promote_types(image.dtype, torch.float32)
 
     def run(part: Tensor) -> Tensor:
         part = part.to(device=like.device, dtype=like.dtype) * white
         return (model(part) / white).to(device=image.device, dtype=dtype)
 
-    dtype = torch.promote_types(image.dtype, torch.float32)
     height, width = (length * upscale for length in image.shape[-2:])
     with _evaluating(model):
         if plans is None:
@@ -92,16 +98,12 @@ def restore(
             out = torch.zeros(len(images), channels, height, width, dtype=dtype, device=image.device)
             (rows, row_tile), (columns, column_tile) = plans
             with _bar(len(images) * len(rows) * len(columns), progress) as bar:
-                for i in range(len(images)):
-                    for top, down in rows:
-                        for left, across in columns:
-                            part = padded[i : i + 1, :, top : top + row_tile, left : left + column_tile]
-                            place = out[i, :, top * upscale :, left * upscale :]
-                            place = place[:, : len(down), : len(across)]
-                            weight = down[: place.shape[1], None] * across[None, : place.shape[2]]
-                            weight = weight.to(device=out.device, dtype=dtype)
-                            place += run(part)[0, :, : place.shape[1], : place.shape[2]] * weight
-                            bar.update()
+                for i, (top, down), (left, across) in product(range(len(images)), rows, columns):
+                    part = run(padded[i : i + 1, :, top : top + row_tile, left : left + column_tile])
+                    place = out[i, :, top * upscale :, left * upscale :][:, : len(down), : len(across)]
+                    weight = down[: place.shape[1], None] * across[None, : place.shape[2]]
+                    place += part[0, :, : place.shape[1], : place.shape[2]] * weight.to(device=out.device, dtype=dtype)
+                    bar.update()
     out = out.to(image.dtype)
     return out if image.ndim == 4 else out[0]
 

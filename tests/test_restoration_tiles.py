@@ -62,7 +62,7 @@ def test_tiles_are_the_whole_image_where_the_overlap_holds_the_reach(kind, kwarg
 
 @pytest.mark.parametrize("kind", ["hat", "a2n"])
 def test_the_reach_is_one(kind):
-    """No output pixel changes farther than `reach` from a changed input pixel, and none can be told for a pooled mean."""
+    """No output pixel changes farther than `reach` from a changed input pixel; a pooled mean has none."""
     model = local(kind)
     reach, scale = model.reach(), model.upscale
     image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_seams_fade_where_a_model_sees_the_whole_tile():
     out = restore(Probe(mean=True), image, (40, 40), (0, 20), margin=0, progress=False)[0, 0]
     step = 0.2  # between the means of neighbouring tiles
     assert out.diff().abs().max() < step / 20 * 1.2 and out[-1] > 0.75 and out[0] < 0.25
-    hard = restore(Probe(mean=True), image, (40, 40), (0, 20), margin=10, progress=False)[0, 0]
+    hard = restore(Probe(mean=True), image, 40, 20, margin=10, progress=False)[0, 0]
     assert hard.diff().abs().max() > 0.19
 
 

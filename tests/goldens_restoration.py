@@ -13,7 +13,7 @@ from attnzoo.backbones.restoration.hat_blocks import fit_window, overlap_index, 
 from attnzoo.kernels.dispatch import use_backend
 
 # What changes nothing in the authors' code either: flags that are not read, layers that are always timm's defaults.
-_UNREAD = {"patch_size", "use_checkpoint", "norm_layer", "act_layer", "x_size", "input_resolution", "class"}
+_UNREAD = {"patch_size", "use_checkpoint", "norm_layer", "act_layer", "x_size", "input_resolution", "class", "H", "W"}
 
 
 def _config(meta: dict[str, Any], **names: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 One file a family; `attnzoo list backbones` and docs/backbones.md name them all.
 """
 
+from attnzoo.backbones import restoration
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
 from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAttention
@@ -19,10 +20,10 @@ from attnzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineS
 from attnzoo.backbones.maxvit_cells import MaxxVitCells, use_cell_attention
 from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
 from attnzoo.backbones.moh_transnext import MoHTransNeXt
-from attnzoo.backbones.nat import DiNAT, NAT
+from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
-from attnzoo.backbones.tap_rvt import RVTAttention, TAPRVT
+from attnzoo.backbones.tap_rvt import TAPRVT, RVTAttention
 from attnzoo.backbones.timm_families import load_official_shvit
 from attnzoo.backbones.transnext import TransNeXt
 from attnzoo.backbones.weights import LoadReport, convert, load_published
@@ -66,5 +67,6 @@ __all__ = [
     "load_published",
     "moh_dit",
     "preprocess",
+    "restoration",
     "use_cell_attention",
 ]

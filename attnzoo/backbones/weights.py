@@ -4,8 +4,9 @@
     attnzoo.backbones.convert("dinat_tiny_in1k_224.pth", "dinat_tiny/model.safetensors", model="dinat_tiny")
 
 What a file may be: safetensors, or a torch file of plain tensors (read with weights_only=True, so that it can't run
-code); the parameters at its top or under state_dict_ema, model_ema, state_dict or model; with "module." or
-"backbone."-like prefixes. Renaming and resampling are the family's (`checkpoint_filter_fn` of the model's module).
+code); the parameters at its top or under state_dict_ema, model_ema, params_ema, state_dict, model or params; with
+"module." or "backbone."-like prefixes. Renaming and resampling are the family's (`checkpoint_filter_fn` of the model's
+module).
 """
 
 from __future__ import annotations
@@ -167,8 +168,9 @@ def _foreign(state: dict[str, Tensor], model: nn.Module) -> list[str]:
 def load_published(model: nn.Module, path: str | Path) -> LoadReport:
     """Load the authors' checkpoint file into `model`, strictly, and say what was changed on the way.
 
-    model: any timm model; families of attnzoo know their authors' names. path: see the module's text. Position tables
-    and relative position biases of another size are resampled. Parameters are copied, in the model's dtype and device.
+    model: any timm model, or one of `restoration`; families of attnzoo know their authors' names. path: see the
+    module's text. Position tables and relative position biases of another size are resampled. Parameters are copied,
+    in the model's dtype and device.
     Raises ReachError for a file that can't be read, ValueError for one that is no checkpoint or another model's, with
     the first mismatches; the model is then as it was.
     """

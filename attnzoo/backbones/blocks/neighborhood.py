@@ -252,7 +252,7 @@ def resample_rel_pos_bias(bias: Tensor, size: Sequence[int]) -> Tensor:
 
 def unwrap_checkpoint(content: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a training checkpoint: its averaged weights where it has them, else its weights."""
-    for entry in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for entry in ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "params"):
         if isinstance(content.get(entry), dict):
             return content[entry]
     return content

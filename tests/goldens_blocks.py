@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from attnzoo.backbones import blocks
+from attnzoo.backbones.blocks.sparse import MaskPredictor, SparseAttention, SparseSettings, TokenMask
+from attnzoo.backbones.sparsifiner import Sparsifiner, sparsifiner_loss, teacher_outputs
 from attnzoo.kernels.dispatch import use_backend
 
 Tensors = dict[str, Tensor]
@@ -84,6 +87,124 @@ def _msa_conv(config: dict[str, Any], tensors: Tensors, variant: str) -> dict[st
     return {"output": block(tensors["input"]), **got}
 
 
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The authors' configuration, as SparseSettings' fields; what it does not say is their default_config.py's."""
+    cfg = {"PRUNE_ATTN_MATRIX_ROW": False, "BASIS_THRESHOLD": 0.0, "BASIS_COEF__USE_TOPK": False}
+    cfg |= {"BASIS_COEF__TOPK": 8, "BASIS_COEF__THRESHOLD": 0.0, "ATTN_SCORE__USE_TOPK": False}
+    cfg |= {k.removeprefix("SPAR__"): v for k, v in config["cfg"].items() if k.startswith("SPAR__")}
+    return {
+        "reduce_n_factor": config.get("rn", config.get("reduce_n_factor")),
+        "reduce_c_factor": config.get("rc", config.get("reduce_c_factor")),
+        "share_inout_proj": config["share"],
+        "basis_threshold": cfg["BASIS_THRESHOLD"],
+        "coef_topk": cfg["BASIS_COEF__TOPK"] if cfg["BASIS_COEF__USE_TOPK"] else None,
+        "coef_threshold": cfg["BASIS_COEF__THRESHOLD"],
+        "score_threshold": None if cfg["ATTN_SCORE__USE_TOPK"] else cfg["ATTN_SCORE__THRESHOLD"],
+        "prune_rows": cfg["PRUNE_ATTN_MATRIX_ROW"],
+    }
+
+
+def _token_mask(tensors: Tensors) -> TokenMask | None:
+    mask = next((tensors[k] for k in ("token_mask", "prev_token_mask", "prev_mask", "mask") if k in tensors), None)
+    return None if mask is None else TokenMask(mask.bool(), int(mask[0].sum()))
+
+
+def _sparsifiner(config: dict[str, Any], tensors: Tensors, variant: str) -> dict[str, Any]:
+    parts = {"mask_predictor": _mask_predictor, "attention": _sparse_attention, "model": _sparse_model}
+    return {**parts, "train_loss": _train_loss}[variant](config, tensors)
+
+
+def _mask_predictor(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    settings = SparseSettings(**_settings(config), attn_keep_rate=config["attn_keep_rate"], compat="official")
+    module = _load(MaskPredictor(config["dim"], config["num_heads"], config["num_tokens"], settings), tensors)
+    coef, scores, mask = module(tensors["q"], tensors["k"], _token_mask(tensors))
+    assert module.attn_budget == config["attn_budget_after"]
+    return {"output": mask, "inter.approx_attn": scores, "inter.basis_coef": coef}
+
+
+def _sparse_attention(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    settings = SparseSettings(
+        **_settings(config),
+        attn_keep_rate=config["attn_keep_rate"],
+        token_keep_rate=config["token_keep_rate"],
+        prune_tokens=config["prune"],
+        compat="official",
+    )
+    module = SparseAttention(
+        config["dim"], config["num_heads"], config["num_tokens"], settings, qkv_bias=config["qkv_bias"]
+    )
+    given = _token_mask(tensors)
+    _, details = _load(module, tensors).detailed(tensors["input"], given)
+    out, left = module(tensors["input"], given)
+    got = {"output": out, "attn_mask": details.attn_mask, "inter.masked_attn": details.masked_attn}
+    if left is not None:
+        got["token_mask"] = left.mask
+    return {**got, "inter.approx_attn": details.approx_attn}
+
+
+def _sparse_kwargs(config: dict[str, Any]) -> dict[str, Any]:
+    same = ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    return {k: config[k] for k in same}
+
+
+def _sparse_model(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    model = Sparsifiner(
+        **_sparse_kwargs(config),
+        attn_keep_rate=config["ak"],
+        token_keep_rate=config["tk"],
+        prune_blocks=[i for i, here in enumerate(config["loc"]) if here],
+        representation_size=config["rep"],
+        settings=_settings(config),
+        compat="official",
+    )
+    _load(model, tensors)
+    details = model.forward_details(tensors["input"])
+    last = details.layers[-1]
+    got = {"output": model(tensors["input"]), "inter.features": details.features}
+    got |= {"inter.attn_mask0": details.layers[0].attn_mask, "inter.attn_mask_last": last.attn_mask}
+    return got if last.token_mask is None else {**got, "inter.token_mask_last": last.token_mask.mask}
+
+
+def _train_loss(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    student = Sparsifiner(
+        **_sparse_kwargs(config),
+        attn_keep_rate=config["attn_keep_rate"],
+        settings=_settings(config),
+        compat="official",
+    )
+    teacher = VisionTransformer(**_sparse_kwargs(config))
+    _load(student, tensors, "state.student.").train()
+    _load(teacher, tensors, "state.teacher.")
+    cfg = {"CLS": True, "CLS_DISTILL": True, "TOKEN_DISTILL": True}
+    flags = {k.removeprefix("LOSS__USE_"): v for k, v in config["cfg"].items() if k.startswith("LOSS__USE_")}
+    names = {"RATIO_LOSS": "ratio"}
+    use = [names.get(k, k.lower()) for k, on in (cfg | flags).items() if on]
+    weights = {
+        names.get(k.split("__")[1], k.split("__")[1].lower()): v
+        for k, v in config["cfg"].items()
+        if k.startswith("LOSS__") and k.endswith("__WEIGHT")
+    }
+    with torch.enable_grad():
+        details = student.forward_details(tensors["input"], reconstruct="attn_recon" in use)
+        total, parts = sparsifiner_loss(
+            details,
+            tensors["labels"],
+            teacher_outputs(teacher, tensors["input"]),
+            use=use,
+            weights=weights,
+            token_criterion=config["cfg"].get("LOSS__TOKEN_DISTILL__CRITERION", "MSE").lower(),
+            recon_criterion=config["cfg"].get("LOSS__ATTN_RECON__CRITERION", "MSE").lower(),
+            ratio=config["cfg"].get("LOSS__RATIO_LOSS__RATIO", 0.25),
+        )
+        total.backward()
+    attn = student.blocks[0].attn
+    got = {"output": total.detach(), **{f"{name}_loss": part.detach() for name, part in parts.items()}}
+    got |= {"inter.logits": details.logits.detach(), "inter.approx_attn0": details.layers[0].approx_attn.detach()}
+    got |= {"inter.grad_proj_n0": attn.mask_predictor.proj_n.grad}
+    got |= {"inter.grad_proj_back_n0": attn.mask_predictor.proj_back_n.grad, "inter.grad_qkv0": attn.qkv.weight.grad}
+    return {k: v for k, v in got.items() if v is not None}
+
+
 _SYSTEMS: dict[str, Callable[..., dict[str, Any]]] = {
     "triplet_attention": _triplet,
     "ulsam": _ulsam,
@@ -91,6 +212,7 @@ _SYSTEMS: dict[str, Callable[..., dict[str, Any]]] = {
     "efficient_attention": _efficient,
     "efficient_probing": _probing,
     "msa_conv": _msa_conv,
+    "sparsifiner": _sparsifiner,
 }
 _BY_VARIANT = {"psa", "efficient_probing", "msa_conv", "sparsifiner", "dependencyvit_thirdparty"}
 

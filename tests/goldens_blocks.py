@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from attnzoo.backbones import blocks
 from attnzoo.backbones.blocks.sparse import MaskPredictor, SparseAttention, SparseSettings, TokenMask
+from attnzoo.backbones.dependencyvit import DependencyViT, ReversedAttention
 from attnzoo.backbones.sparsifiner import Sparsifiner, sparsifiner_loss, teacher_outputs
 from attnzoo.kernels.dispatch import use_backend
 
@@ -205,6 +209,16 @@ def _train_loss(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     return {k: v for k, v in got.items() if v is not None}
 
 
+def _dependency(config: dict[str, Any], tensors: Tensors, variant: str) -> dict[str, Any]:
+    x = tensors["input"]
+    if variant == "reversed_attention":
+        module = _load(ReversedAttention(**config), tensors)
+        out, m = module(x, tensors["m_in"])
+        return {"output": out, "m_out": m, "prune_mask": m[:, 0, 0]}
+    ours = {"prune_layers": "prune_blocks"}
+    return {"output": _load(DependencyViT(**{ours.get(k, k): v for k, v in config.items()}), tensors)(x)}
+
+
 _SYSTEMS: dict[str, Callable[..., dict[str, Any]]] = {
     "triplet_attention": _triplet,
     "ulsam": _ulsam,
@@ -213,6 +227,7 @@ _SYSTEMS: dict[str, Callable[..., dict[str, Any]]] = {
     "efficient_probing": _probing,
     "msa_conv": _msa_conv,
     "sparsifiner": _sparsifiner,
+    "dependencyvit_thirdparty": _dependency,
 }
 _BY_VARIANT = {"psa", "efficient_probing", "msa_conv", "sparsifiner", "dependencyvit_thirdparty"}
 
@@ -223,3 +238,15 @@ def run(meta: dict[str, Any], tensors: Tensors, backend: str | None = None) -> d
     more = (meta["variant"],) if system in _BY_VARIANT else ()
     with torch.no_grad(), use_backend(backend or "auto"):
         return _SYSTEMS[system](meta["config"], tensors, *more)
+
+
+def load_published(system: str, entrypoint: str, state: Tensors) -> nn.Module:
+    """The authors' `ResidualNet('ImageNet', depth, ...)` as timm's `resnet{depth}_triplet`, its checkpoint loaded."""
+    depth = re.search(r"ResidualNet\('ImageNet',\s*(\d+)", entrypoint)
+    assert depth, f"{system} has no entry point {entrypoint!r}"
+    num_classes = state["fc.weight"].shape[0]
+    model = timm.create_model(f"resnet{depth[1]}_triplet", num_classes=num_classes, device="meta").to_empty(device="cpu")
+    family = importlib.import_module(type(model).__module__)
+    cfg = {**model.pretrained_cfg, "state_dict": state, "num_classes": num_classes}
+    timm.models.load_pretrained(model, cfg, num_classes=num_classes, filter_fn=family.checkpoint_filter_fn)
+    return model

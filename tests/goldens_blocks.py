@@ -80,9 +80,7 @@ def _probing(config: dict[str, Any], tensors: Tensors, variant: str) -> dict[str
 def _msa_conv(config: dict[str, Any], tensors: Tensors, variant: str) -> dict[str, Any]:
     if variant == "op":
         kernel, dilation = (tuple(v) if isinstance(v, list) else v for v in (config["k"], config["dil"]))
-        out = blocks.window_attention(
-            tensors["q"], tensors["k"], tensors["v"], kernel, dilation, scale=config["scale"]
-        )
+        out = blocks.window_attention(tensors["q"], tensors["k"], tensors["v"], kernel, dilation, scale=config["scale"])
         return {"output": out}
     ours = {"input_channel": "channels", "output_channel": "out_channels"}
     config = {ours.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "mode"}
@@ -245,7 +243,9 @@ def load_published(system: str, entrypoint: str, state: Tensors) -> nn.Module:
     depth = re.search(r"ResidualNet\('ImageNet',\s*(\d+)", entrypoint)
     assert depth, f"{system} has no entry point {entrypoint!r}"
     num_classes = state["fc.weight"].shape[0]
-    model = timm.create_model(f"resnet{depth[1]}_triplet", num_classes=num_classes, device="meta").to_empty(device="cpu")
+    model = timm.create_model(f"resnet{depth[1]}_triplet", num_classes=num_classes, device="meta").to_empty(
+        device="cpu"
+    )
     family = importlib.import_module(type(model).__module__)
     cfg = {**model.pretrained_cfg, "state_dict": state, "num_classes": num_classes}
     timm.models.load_pretrained(model, cfg, num_classes=num_classes, filter_fn=family.checkpoint_filter_fn)

@@ -188,7 +188,11 @@ def test_inserted_blocks_survive_copies_checkpointing_and_feature_extraction():
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 8, "num_heads": (1, 2), "img_size": 56}, 56),
         ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8}, 32),
         ("efficientnet_b0", {}, 64),
-        ("dinat_mini", {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "kernel_size": 3, "dilations": ((1,), (1,))}, 32),
+        (
+            "dinat_mini",
+            {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "kernel_size": 3, "dilations": ((1,), (1,))},
+            32,
+        ),
     ],
 )
 def test_insertion_into_other_hosts(name, small, size):
@@ -244,9 +248,7 @@ def test_probe_trains_its_head_alone(pooling):
 
 def test_probe_reads_any_layout():
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, patch_size=8)
-    swin = timm.create_model(
-        "swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=8, num_heads=(1, 2), img_size=56
-    )
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=8, num_heads=(1, 2), img_size=56)
     assert attach_probe(vit, 3).tokens(noise(1, 3, 32, 32)).shape == (1, 17, 192)
     assert attach_probe(vit, 3, prefix_tokens=False).tokens(noise(1, 3, 32, 32)).shape == (1, 16, 192)
     assert attach_probe(swin, 3, num_queries=4).tokens(noise(1, 3, 56, 56)).shape == (1, 49, 16)
@@ -272,3 +274,48 @@ def test_probing_pools_evenly_without_preference():
 
 def test_names_are_public():
     assert set(blocks.__all__) <= set(dir(blocks)) and attnzoo.backbones.blocks.insert is insert
+
+
+def test_subsampled_attention_is_the_model_at_inference_and_a_part_of_it_in_training():
+    small = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
+    plain = timm.create_model("vit_tiny_patch16_224", **small).eval()
+    layer = blocks.SubsampledAttention.with_rate(0.25)
+    model = timm.create_model("vit_tiny_patch16_224", attn_layer=layer, **small).eval()
+    model.load_state_dict(plain.state_dict())
+    x = noise(2, 3, 32, 32)
+    assert torch.equal(model(x), plain(x))
+    torch.manual_seed(0)
+    assert not torch.allclose(model.train()(x), plain(x))
+    attn = model.blocks[0].attn
+    counts = torch.zeros(17)
+    for _ in range(400):
+        kept = attn.sources(17, torch.device("cpu"))
+        assert len(kept) == len(kept.unique()) == 1 + 4 and 0 in kept
+        counts[kept] += 1
+    assert counts[0] == 400 and (counts[1:] / 400 - 0.25).abs().max() < 0.1  # every source alike
+    tokens = noise(1, 17, 24)
+    torch.manual_seed(3)
+    got = attn(tokens)
+    torch.manual_seed(3)
+    mask = torch.full((17,), float("-inf"))
+    mask[attn.sources(17, tokens.device)] = 0.0
+    assert torch.allclose(got, attn.eval()(tokens, attn_mask=mask.expand(17, 17)), atol=1e-6)
+    full = blocks.SubsampledAttention(24, 3, keep_rate=1.0).train()
+    assert torch.equal(full(tokens), full.eval()(tokens))
+    with pytest.raises(ValueError, match="nothing would be left"):
+        blocks.SubsampledAttention(24, 3, keep_rate=0.0, prefix_tokens=0)
+
+
+def test_context_broadcasting_is_half_uniform_attention():
+    x = noise(2, 7, 12)
+    uniform = torch.full((7, 7), 1 / 7)
+    out = blocks.ContextBroadcasting()(x)
+    assert torch.allclose(out, (torch.eye(7) + uniform) @ x / 2, atol=1e-6)
+    assert torch.allclose(out.mean(1), x.mean(1), atol=1e-6)
+    small = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
+    plain = timm.create_model("vit_tiny_patch16_224", **small).eval()
+    model = timm.create_model("vit_tiny_patch16_224", mlp_layer=blocks.BroadcastingMlp, **small).eval()
+    model.load_state_dict(plain.state_dict())
+    hidden = noise(1, 17, 24)
+    assert torch.allclose(model.blocks[0].mlp(hidden), blocks.ContextBroadcasting()(plain.blocks[0].mlp(hidden)))
+    assert model(noise(2, 3, 32, 32)).shape == (2, 5)

@@ -200,6 +200,7 @@ class DependencyViT(StatefulViT):
         self._check_image(x)
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         state, masks = self._start(tokens), []
+        block: Any
         for block in self.blocks:
             masks.append(block.attn.dependencies(block.norm1(tokens), state.weight)[0].sum(1))
             tokens, state = block(tokens, state)

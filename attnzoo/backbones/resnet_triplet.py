@@ -11,8 +11,8 @@ addition, which is where the authors put it. `checkpoint_filter_fn` gives their 
 Published weights (Google Drive, no file names): ResNet-50 with kernels of 7 (the default) and of 3
 (`triplet_kernel_size=3`). The authors' MobileNet v2 is not here.
 
-Differences from the authors' code: none in eval mode. Their stochastic parts are none; their classifiers' initial
-weights are not reproduced.
+Differences from the authors' code: the last pooling is over the whole map (theirs is over 7 x 7, so that images must be
+of 224), and initial weights are timm's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TripletResNet(ResNet):
         **kwargs: Any,
     ) -> None:
         layer = partial(TripletAttention, kernel_size=triplet_kernel_size, no_spatial=no_spatial)
-        super().__init__(*args, block_args={"attn_layer": layer, **(block_args or {})}, **kwargs)
+        super().__init__(*args, **{**kwargs, "block_args": {"attn_layer": layer, **(block_args or {})}})
 
 
 _GATES = {"ChannelGateH": "cw", "ChannelGateW": "hc", "SpatialGate": "hw"}
@@ -88,23 +88,30 @@ def _cfg(notes: str, **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "resnet18_triplet.in1k": _cfg("11.69M parameters, 1.825 GFLOPs, top-1 error 28.91 % in the authors' table"),
+        "resnet18_triplet.untrained": _cfg(
+            "11.69M parameters, 1.825 GFLOPs, top-1 error 28.91 % in the authors' table; no weights in it"
+        ),
+        "resnet34_triplet.untrained": _cfg("no weights published"),
         "resnet50_triplet.in1k": _cfg("25.56M parameters, 4.169 GFLOPs, top-1 error 22.52 % in the authors' table"),
-        "resnet101_triplet.in1k": _cfg("no figures published with weights"),
+        "resnet101_triplet.untrained": _cfg("no weights published"),
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> TripletResNet:
-    return build_model_with_cfg(
-        TripletResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
-    )
+    return build_model_with_cfg(TripletResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
 def resnet18_triplet(pretrained: bool = False, **kwargs: Any) -> TripletResNet:
     """ResNet-18 with triplet attention."""
     return _create("resnet18_triplet", pretrained, **{"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs})
+
+
+@register_model
+def resnet34_triplet(pretrained: bool = False, **kwargs: Any) -> TripletResNet:
+    """ResNet-34 with triplet attention."""
+    return _create("resnet34_triplet", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **kwargs})
 
 
 @register_model

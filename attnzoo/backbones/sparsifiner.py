@@ -50,14 +50,14 @@ class _NoAttention(nn.Module):
 class SparseBlock(Block):
     """timm's block around `SparseAttention`; dropped patches are zeros after it."""
 
+    attn: Any
+
     def __init__(self, dim: int, num_heads: int, num_tokens: int, settings: SparseSettings, **kwargs: Any) -> None:
         if kwargs.get("qk_norm") or kwargs.get("scale_attn_norm"):
             raise UnsupportedError("qk_norm and scale_attn_norm must be False: the method has neither")
         super().__init__(dim, num_heads, **{**kwargs, "attn_layer": _NoAttention})
         own = ("qkv_bias", "proj_bias", "attn_drop", "proj_drop", "device", "dtype")
-        self.attn = SparseAttention(
-            dim, num_heads, num_tokens, settings, **{k: kwargs[k] for k in own if k in kwargs}
-        )
+        self.attn = SparseAttention(dim, num_heads, num_tokens, settings, **{k: kwargs[k] for k in own if k in kwargs})
 
     def _rest(self, x: Tensor, attended: Tensor, tokens: TokenMask | None) -> Tensor:
         x = x + self.drop_path1(self.ls1(attended))
@@ -71,16 +71,14 @@ class SparseBlock(Block):
         attended, tokens = self.attn(self.norm1(x), tokens)
         return self._rest(x, attended, tokens), tokens
 
-    def detailed(
-        self, x: Tensor, tokens: TokenMask | None, reconstruct: bool
-    ) -> tuple[Tensor, SparseDetails]:
+    def detailed(self, x: Tensor, tokens: TokenMask | None, reconstruct: bool) -> tuple[Tensor, SparseDetails]:
         attended, details = self.attn.detailed(self.norm1(x), tokens, reconstruct)
         return self._rest(x, attended, None if reconstruct else details.token_mask), details
 
 
 @dataclass(frozen=True)
 class SparsifinerDetails:
-    """One forward pass: logits [B, classes], features [B, patches, dim] after the final norm, and every layer's parts."""
+    """One forward pass: logits [B, classes], patches [B, N - 1, dim] after the final norm, and every layer's parts."""
 
     logits: Tensor
     features: Tensor
@@ -122,7 +120,10 @@ class Sparsifiner(StatefulViT):
         if not kwargs.get("class_token", True):
             raise UnsupportedError("class_token must be True: its attention is never pruned, and ranks the patches")
         base = SparseSettings(**{**(settings or {}), "compat": compat})
-        rates = [_per_block(n, v, depth) for n, v in (("attn_keep_rate", attn_keep_rate), ("token_keep_rate", token_keep_rate))]
+        rates = [
+            _per_block(n, v, depth)
+            for n, v in (("attn_keep_rate", attn_keep_rate), ("token_keep_rate", token_keep_rate))
+        ]
         if bad := [i for i in prune_blocks if not 0 <= i < depth]:
             raise ValueError(f"prune_blocks must be from 0 to {depth - 1}, got {bad}")
         height, width = (s if isinstance(s, (tuple, list)) else (s, s) for s in (img_size, patch_size))
@@ -148,7 +149,7 @@ class Sparsifiner(StatefulViT):
         self.pre_logits: nn.Module = nn.Identity()
         if representation_size is not None:
             check_range("representation_size", representation_size, low=1)
-            dd = {k: kwargs.get(k) for k in ("device", "dtype")}
+            dd: dict[str, Any] = {k: kwargs.get(k) for k in ("device", "dtype")}
             self.pre_logits = nn.Sequential()
             self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size, **dd))
             self.pre_logits.add_module("act", nn.Tanh())
@@ -186,6 +187,7 @@ class Sparsifiner(StatefulViT):
         self._check_image(x)
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         layers: list[SparseDetails] = []
+        block: Any
         for block in self.blocks:
             x, details = block.detailed(x, layers[-1].token_mask if layers else None, reconstruct)
             layers.append(details)
@@ -208,6 +210,7 @@ def teacher_outputs(model: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor
     """
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     attentions = []
+    block: Any
     for block in model.blocks:
         attn = block.attn
         qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)

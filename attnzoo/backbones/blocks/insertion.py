@@ -63,9 +63,7 @@ class _After:
 
     def _check(self, out: Tensor, axis: int) -> None:
         if out.shape[axis] != self.channels:
-            raise ValueError(
-                f"{self.path} must give {self.channels} channels on axis {axis}, got {tuple(out.shape)}"
-            )
+            raise ValueError(f"{self.path} must give {self.channels} channels on axis {axis}, got {tuple(out.shape)}")
 
 
 class Insertion:
@@ -120,7 +118,7 @@ def insert(
     if where != "residual" and (taken := [path for path, module, _ in places if hasattr(module, name)]):
         raise ValueError(f"block {block!r} is in already, after {', '.join(taken)}: remove it first")
     made = []
-    for path, module, width in places:
+    for _, module, width in places:
         like = next(module.parameters(), None)
         like = next(model.parameters()) if like is None else like
         made.append(BLOCKS[block](width, device=like.device, dtype=like.dtype, **kwargs).train(module.training))
@@ -187,7 +185,9 @@ def _slots(model: nn.Module) -> list[tuple[str, nn.Module, int]]:
         if isinstance(width := getattr(norm, "num_features", None), int):
             found.append((path, module, width))
     if taken:
-        raise ValueError(f"where='residual' needs free slots, but {taken[0]} has {type(_get(model, taken[0]).se).__name__}")
+        raise ValueError(
+            f"where='residual' needs free slots, but {taken[0]} has {type(_get(model, taken[0]).se).__name__}"
+        )
     if not found:
         raise ValueError(
             f"where='residual' needs a ResNet-like timm model (blocks with a slot `se`), got {type(model).__name__}: "

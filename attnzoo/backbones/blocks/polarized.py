@@ -75,9 +75,7 @@ class PolarizedParallel(_Polarized):
     [B, C, H, W] -> the same shape.
     """
 
-    def __init__(
-        self, channels: int, *, compat: str | None = None, device: Any = None, dtype: Any = None
-    ) -> None:
+    def __init__(self, channels: int, *, compat: str | None = None, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, compat, 2, {"device": device, "dtype": dtype})
 
     def _weights(self, query: Tensor, value: Tensor) -> Tensor:
@@ -99,9 +97,7 @@ class PolarizedSequential(_Polarized):
     [B, C, H, W] -> the same shape.
     """
 
-    def __init__(
-        self, channels: int, *, compat: str | None = None, device: Any = None, dtype: Any = None
-    ) -> None:
+    def __init__(self, channels: int, *, compat: str | None = None, device: Any = None, dtype: Any = None) -> None:
         super().__init__(channels, compat, 8, {"device": device, "dtype": dtype})
 
     def _up(self, channels: int, inner: int, dd: dict[str, Any]) -> nn.Module:

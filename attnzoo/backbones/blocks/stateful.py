@@ -62,10 +62,8 @@ class StatefulViT(VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, in_chans, H, W] -> normalised tokens [B, N, dim]."""
         _refuse_masks(attn_mask, is_causal)
-        state = None
-        for x, state, _ in self._walk(x):  # noqa: B020  the walk has taken the images already
-            pass
-        return self._finish(x, state)
+        *_, (tokens, state, _) = self._walk(x)
+        return self._finish(tokens, state)
 
     def forward_intermediates(  # type: ignore[override]
         self,

@@ -71,7 +71,7 @@ def _probing(config: dict[str, Any], tensors: Tensors, variant: str) -> dict[str
     if variant == "ep":
         module: nn.Module = blocks.EfficientProbing(**config)
     elif variant == "simpool":
-        module = blocks.SimPool(**config)
+        module = blocks.SimPool(**config, compat="official")
     else:
         module = blocks.probe_head(**config)
     return {"output": _load(module, tensors)(tensors["input"])}
@@ -111,6 +111,10 @@ def _token_mask(tensors: Tensors) -> TokenMask | None:
     return None if mask is None else TokenMask(mask.bool(), int(mask[0].sum()))
 
 
+def _reconstructs(config: dict[str, Any]) -> bool:
+    return "train" in config.get("mode", "") and bool(config["cfg"].get("LOSS__USE_ATTN_RECON"))
+
+
 def _sparsifiner(config: dict[str, Any], tensors: Tensors, variant: str) -> dict[str, Any]:
     parts = {"mask_predictor": _mask_predictor, "attention": _sparse_attention, "model": _sparse_model}
     return {**parts, "train_loss": _train_loss}[variant](config, tensors)
@@ -119,7 +123,7 @@ def _sparsifiner(config: dict[str, Any], tensors: Tensors, variant: str) -> dict
 def _mask_predictor(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     settings = SparseSettings(**_settings(config), attn_keep_rate=config["attn_keep_rate"], compat="official")
     module = _load(MaskPredictor(config["dim"], config["num_heads"], config["num_tokens"], settings), tensors)
-    coef, scores, mask = module(tensors["q"], tensors["k"], _token_mask(tensors))
+    coef, scores, mask = module(tensors["q"], tensors["k"], _token_mask(tensors), _reconstructs(config))
     assert module.attn_budget == config["attn_budget_after"]
     return {"output": mask, "inter.approx_attn": scores, "inter.basis_coef": coef}
 
@@ -136,8 +140,10 @@ def _sparse_attention(config: dict[str, Any], tensors: Tensors) -> dict[str, Any
         config["dim"], config["num_heads"], config["num_tokens"], settings, qkv_bias=config["qkv_bias"]
     )
     given = _token_mask(tensors)
-    _, details = _load(module, tensors).detailed(tensors["input"], given)
-    out, left = module(tensors["input"], given)
+    out, details = _load(module, tensors).detailed(tensors["input"], given, _reconstructs(config))
+    left = details.token_mask
+    if not _reconstructs(config):
+        out, left = module(tensors["input"], given)
     got = {"output": out, "attn_mask": details.attn_mask, "inter.masked_attn": details.masked_attn}
     if left is not None:
         got["token_mask"] = left.mask
@@ -180,7 +186,7 @@ def _train_loss(config: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     cfg = {"CLS": True, "CLS_DISTILL": True, "TOKEN_DISTILL": True}
     flags = {k.removeprefix("LOSS__USE_"): v for k, v in config["cfg"].items() if k.startswith("LOSS__USE_")}
     names = {"RATIO_LOSS": "ratio"}
-    use = [names.get(k, k.lower()) for k, on in (cfg | flags).items() if on]
+    use = [names.get(k, k.lower()) for k, on in (cfg | flags).items() if on and k != "L1"]  # L1 is read by nobody
     weights = {
         names.get(k.split("__")[1], k.split("__")[1].lower()): v
         for k, v in config["cfg"].items()

@@ -270,6 +270,7 @@ def test_probing_pools_evenly_without_preference():
     same = noise(2, 1, 12).expand(-1, 9, -1)
     sim = perturbed(blocks.SimPool(12, 3))
     assert torch.allclose(sim(same), sim.norm_patches(same[:, 0]), atol=1e-5)
+    assert sim(same[:1]).shape == (1, 12) and blocks.SimPool(12, compat="official")(same[:1]).shape == (12,)
 
 
 def test_names_are_public():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
+import goldens as adapter
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -149,6 +153,22 @@ def test_reversed_attention_spreads_one_unit_per_sender():
     assert torch.allclose(weights.sum(-2), torch.full((2, 3, 9), 0.5 / 3), atol=1e-6)
     out, _ = attn(noise(2, 9, 12), torch.zeros(1, 1, 1, 1))
     assert torch.allclose(out, attn.proj.bias.expand_as(out))  # nobody sends
+
+
+@pytest.mark.parametrize("float64", [False, True])
+def test_the_forks_numbers(goldens_root, float64):
+    """The yardstick only reports on cases that are not the authors' own; here they count."""
+    paths = sorted((goldens_root / "backbones/dependencyvit_thirdparty").glob("*.json"))
+    assert paths
+    for path in paths:
+        meta = {**json.loads(path.read_text()), "system": "dependencyvit_thirdparty"}
+        tensors = load_file(path.with_suffix(".safetensors"))
+        given = {k: v for k, v in tensors.items() if k not in meta["outputs"] and not k.startswith("inter.")}
+        if float64:
+            given = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+        got = adapter.run(meta, given)
+        for name in meta["outputs"]:
+            assert (got[name] - tensors[name]).norm() <= (5e-6 if float64 else 1e-4) * tensors[name].norm(), path.stem
 
 
 def test_messages_only_fade():

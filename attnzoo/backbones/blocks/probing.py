@@ -5,8 +5,8 @@ https://arxiv.org/abs/2506.10178 (efficient probing); "Keep It SimPool: Who Said
 Attention Deficit?", Psomas et al., ICCV 2023 - https://arxiv.org/abs/2309.06891 (SimPool).
 Code: https://github.com/billpsomas/efficient-probing; written here from the formulas. Parameter names are the authors'.
 
-Differences from the authors' code: SimPool keeps the batch axis of a single image (the code drops it); efficient
-probing's num_heads, of which only 1 works there, is gone.
+Differences from the authors' code: SimPool keeps the batch axis of a single image, which the code drops
+(`compat="official"` does so too); efficient probing's num_heads, of which only 1 works there, is gone.
 """
 
 from __future__ import annotations
@@ -73,16 +73,26 @@ class SimPool(nn.Module):
         dim: width of the tokens.
         num_heads: must divide dim.
         qkv_bias: bias of the query and key projections; there is no value and no output projection.
+        compat: None, or "official", where a batch of one image gives [dim].
 
     [B, N, dim] -> [B, dim].
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 1, qkv_bias: bool = False, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        num_heads: int = 1,
+        qkv_bias: bool = False,
+        *,
+        compat: str | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         check_heads(dim, num_heads)
+        check_choice("compat", compat, (None, "official"))
+        self.compat = compat
         self.num_heads = num_heads
         self.out_features = dim
         self.norm_patches = nn.LayerNorm(dim, eps=1e-6, **dd)
@@ -97,7 +107,8 @@ class SimPool(nn.Module):
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for t in (self.wq(x.mean(1, keepdim=True)), self.wk(tokens), tokens)
         )
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1)
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1)
+        return out[0] if self.compat and len(out) == 1 else out
 
 
 POOLINGS: dict[str, type[nn.Module]] = {"efficient": EfficientProbing, "simpool": SimPool}

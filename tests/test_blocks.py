@@ -187,7 +187,9 @@ def test_inserted_blocks_survive_copies_checkpointing_and_feature_extraction():
         ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}, 64),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 8, "num_heads": (1, 2), "img_size": 56}, 56),
         ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8}, 32),
-        ("efficientnet_b0", {}, 64),
+        ("mobilenetv3_small_050", {}, 64),
+        ("densenet121", {"block_config": (1, 2), "growth_rate": 8}, 64),
+        ("cait_xxs24_224", {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "patch_size": 8}, 32),
         (
             "dinat_mini",
             {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "kernel_size": 3, "dilations": ((1,), (1,))},
@@ -196,10 +198,12 @@ def test_inserted_blocks_survive_copies_checkpointing_and_feature_extraction():
     ],
 )
 def test_insertion_into_other_hosts(name, small, size):
-    model = timm.create_model(name, num_classes=5, **small).eval()
+    model = perturbed(timm.create_model(name, num_classes=5, **small), 0.1)
     x = noise(2, 3, size, size)
     before = model(x)
     with insert(model, "efficient") as handle:
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(x), model(x))
         assert len(handle.blocks) >= 2 and not torch.allclose(model(x), before)
     assert torch.equal(model(x), before)
 

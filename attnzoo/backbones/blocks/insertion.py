@@ -37,33 +37,33 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class _After:
-    """A forward hook that passes a module's output through its child `name`; holds no module, so copies are whole."""
+    """A forward hook that passes a module's output through `block`, which the model holds as well (so that a deep copy
+    of the model copies both, and keeps them one)."""
 
-    def __init__(self, name: str, path: str, channels: int, nhwc: bool, prefix: int, grid: tuple[int, int] | None):
-        self.name, self.path, self.channels = name, path, channels
+    def __init__(
+        self, block: nn.Module, path: str, channels: int, nhwc: bool, prefix: int, grid: tuple[int, int] | None
+    ) -> None:
+        self.block, self.path, self.channels = block, path, channels
         self.nhwc, self.prefix, self.grid = nhwc, prefix, grid
 
     def __call__(self, module: nn.Module, args: Any, out: Any) -> Tensor:
-        block = getattr(module, self.name)
         if not isinstance(out, Tensor) or out.ndim not in (3, 4):
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"{self.path} must give a map or tokens for an inserted block, got {found}")
-        if out.ndim == 4:
-            self._check(out, -1 if self.nhwc else 1)
-            return block(out.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.nhwc else block(out)
-        self._check(out, -1)
-        patches = out.shape[1] - self.prefix
-        if self.grid is None or patches != self.grid[0] * self.grid[1]:
-            raise ValueError(
-                f"{self.path} gives {patches} patches, which are no map of {self.grid}: images of the size that the "
-                "model is built for are needed, without dropped patches"
-            )
-        tokens = block(out[:, self.prefix :].mT.unflatten(-1, self.grid)).flatten(2).mT
-        return torch.cat([out[:, : self.prefix], tokens], 1) if self.prefix else tokens
-
-    def _check(self, out: Tensor, axis: int) -> None:
+        axis = 1 if out.ndim == 4 and not self.nhwc else -1
         if out.shape[axis] != self.channels:
             raise ValueError(f"{self.path} must give {self.channels} channels on axis {axis}, got {tuple(out.shape)}")
+        if out.ndim == 4:
+            return self.block(out.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.nhwc else self.block(out)
+        patches = 0 if self.grid is None else self.grid[0] * self.grid[1]
+        prefix = out.shape[1] - patches
+        if self.grid is None or prefix not in (0, self.prefix):  # some ViTs add their class token late
+            raise ValueError(
+                f"{self.path} gives {out.shape[1]} tokens, which are no map of {self.grid} and {self.prefix} tokens "
+                "before it: images of the size that the model is built for are needed, without dropped patches"
+            )
+        tokens = self.block(out[:, prefix:].mT.unflatten(-1, self.grid)).flatten(2).mT
+        return torch.cat([out[:, :prefix], tokens], 1) if prefix else tokens
 
 
 class Insertion:
@@ -114,8 +114,8 @@ def insert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     places = _slots(model) if where == "residual" else _modules(model, where, channels)
-    name = f"attnzoo_{block}"
-    if where != "residual" and (taken := [path for path, module, _ in places if hasattr(module, name)]):
+    owners = {} if where == "residual" else {path: _owner(model, path, block) for path, _, _ in places}
+    if taken := [path for path, (owner, name) in owners.items() if hasattr(owner, name)]:
         raise ValueError(f"block {block!r} is in already, after {', '.join(taken)}: remove it first")
     made = []
     for _, module, width in places:
@@ -125,32 +125,47 @@ def insert(
     handle = Insertion()
     for (path, module, width), layer in zip(places, made):
         handle.blocks[path] = layer
-        handle._undo.append(
-            _fill(module, layer) if where == "residual" else _follow(model, module, name, layer, path, width)
+        undo = (
+            _fill(module, layer) if where == "residual" else _follow(model, module, *owners[path], layer, path, width)
         )
+        handle._undo.append(undo)
     return handle
 
 
+def _owner(model: nn.Module, path: str, block: str) -> tuple[nn.Module, str]:
+    """(module, name) that an inserted block is kept under: the module that it follows, or the nearest above that does
+    not run all of its children."""
+    parts = path.split(".")
+    for count in range(len(parts), -1, -1):
+        owner = _get(model, ".".join(parts[:count]))
+        if not isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            below = parts[count:]
+            return owner, "_".join([f"attnzoo_{block}", *below])
+    raise ValueError(
+        f"where names {path!r}, which lies in containers alone: insert before features_only=True wraps the model"
+    )
+
+
 def _follow(
-    model: nn.Module, module: nn.Module, name: str, layer: nn.Module, path: str, width: int
+    model: nn.Module, module: nn.Module, owner: nn.Module, name: str, layer: nn.Module, path: str, width: int
 ) -> Callable[[], None]:
     inner: Any = getattr(model, "model", model)
     embed = getattr(inner, "patch_embed", None)
     grid = getattr(embed, "grid_size", None)
     after = _After(
-        name,
+        layer,
         path,
         width,
         getattr(inner, "output_fmt", "NCHW") == "NHWC",
         getattr(inner, "num_prefix_tokens", 0),
         None if grid is None else (int(grid[0]), int(grid[1])),
     )
-    module.add_module(name, layer)
+    owner.add_module(name, layer)
     hook = module.register_forward_hook(after, prepend=True)  # before timm's hooks that read features
 
     def undo() -> None:
         hook.remove()
-        delattr(module, name)
+        delattr(owner, name)
 
     return undo
 
@@ -200,8 +215,8 @@ def _get(model: nn.Module, path: str) -> Any:
     return model.get_submodule(path)
 
 
-def _levels(model: nn.Module) -> list[tuple[str, int]]:
-    """(module path, channels) of each level that timm's feature_info names."""
+def _levels(model: nn.Module, strict: bool = True) -> list[tuple[str, int]]:
+    """(module path, channels) of each level that timm's feature_info names; not `strict`: of those that are modules."""
     info: Any = getattr(model, "feature_info", None)
     if not info:
         raise ValueError(f"where needs model.feature_info, which {type(model).__name__} lacks: give module names")
@@ -212,6 +227,8 @@ def _levels(model: nn.Module) -> list[tuple[str, int]]:
         path = entry["module"]
         options = (path, path.replace(".", "_"), f"model.{path}")
         found = next((option for option in options if option in names), None)
+        if found is None and not strict:
+            continue
         if found is None:
             raise ValueError(f"feature_info names {path!r}, which is no module of {type(model).__name__}")
         levels.append((found, int(entry["num_chs"])))
@@ -227,7 +244,12 @@ def _modules(
     if where != "stages" and not where:
         raise ValueError("where must name a place, got none")
     if where == "stages":
-        chosen = [(path, width) for path, width in _levels(model) if list(_get(model, path).children())]
+        chosen = _levels(model, strict=False)
+        lone = [not list(_get(model, path).children()) for path, _ in chosen]
+        if lone and lone[0] and not all(lone):
+            chosen = chosen[1:]  # a stem's activation, before the first stage
+        if not chosen:
+            raise ValueError(f"where='stages' finds none in feature_info of {type(model).__name__}: give module names")
     elif all(type(w) is int for w in where):
         levels = _levels(model)
         if bad := [w for w in where if not -len(levels) <= int(w) < len(levels)]:
@@ -252,7 +274,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _named(model: nn.Module, patterns: list[str], channels: int | None) -> list[tuple[str, int]]:
     names = [name for name, _ in model.named_modules() if name]
-    known = dict(_levels(model)) if getattr(model, "feature_info", None) else {}
+    known = dict(_levels(model, strict=False)) if getattr(model, "feature_info", None) else {}
     chosen: list[tuple[str, int]] = []
     for pattern in patterns:
         matched = [name for name in names if _matches(name, pattern)]

@@ -62,7 +62,9 @@ class StatefulViT(VisionTransformer):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, in_chans, H, W] -> normalised tokens [B, N, dim]."""
         _refuse_masks(attn_mask, is_causal)
-        *_, (tokens, state, _) = self._walk(x)
+        tokens, state = x, None
+        for step in self._walk(x):
+            tokens, state, _ = step
         return self._finish(tokens, state)
 
     def forward_intermediates(  # type: ignore[override]

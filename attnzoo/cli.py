@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from attnzoo.errors import AttnzooError, ReachError, check_choice
 
@@ -120,7 +120,7 @@ def list_(
     """List the catalogued methods."""
     from attnzoo import catalog
 
-    table = Table("method", "room", "status", "kernel", "paper")
+    table = Table(Column("method", no_wrap=True), "room", "status", "kernel", "paper")  # a name is whole, to be copied
     for method in catalog.list_methods(room):
         table.add_row(method.name, method.room, method.status, method.operation, method.paper)
     _console().print(table)

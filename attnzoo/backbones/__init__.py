@@ -12,6 +12,7 @@ from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAttention
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
+from attnzoo.backbones.dependencyvit import DependencyViT
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.fan import FAN
 from attnzoo.backbones.fan_swin import FANSwin
@@ -22,7 +23,9 @@ from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
 from attnzoo.backbones.moh_transnext import MoHTransNeXt
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
+from attnzoo.backbones.resnet_triplet import TripletResNet
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
+from attnzoo.backbones.sparsifiner import Sparsifiner
 from attnzoo.backbones.tap_rvt import TAPRVT, RVTAttention
 from attnzoo.backbones.timm_families import load_official_shvit
 from attnzoo.backbones.transnext import TransNeXt
@@ -36,6 +39,7 @@ __all__ = [
     "AggregatedAttention",
     "ChannelProcessing",
     "CosineAttention",
+    "DependencyViT",
     "DiNAT",
     "DiNAT_s",
     "FAN",
@@ -54,9 +58,11 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",
     "RVTAttention",
+    "Sparsifiner",
     "TAPRVT",
     "TokenAwarePooling",
     "TransNeXt",
+    "TripletResNet",
     "attention_diversification_loss",
     "attention_saliency",
     "classify",

@@ -1,5 +1,40 @@
 """Attention layers and blocks as nn.Modules, for building models of one's own."""
 
+from attnzoo.backbones.blocks.broadcasting import BroadcastingMlp, ContextBroadcasting
+from attnzoo.backbones.blocks.efficient import EfficientAttention, EfficientTokenAttention
+from attnzoo.backbones.blocks.insertion import BLOCKS, Insertion, insert
+from attnzoo.backbones.blocks.msa_conv import MSAConv2d, window_attention
 from attnzoo.backbones.blocks.neighborhood import NeighborhoodAttention2D, NeighborhoodBlock
+from attnzoo.backbones.blocks.polarized import PolarizedParallel, PolarizedSequential
+from attnzoo.backbones.blocks.probing import EfficientProbing, Probe, SimPool, attach_probe, probe_head
+from attnzoo.backbones.blocks.sparse import MaskPredictor, SparseAttention, SparseSettings
+from attnzoo.backbones.blocks.subsampled import SubsampledAttention
+from attnzoo.backbones.blocks.triplet import TripletAttention
+from attnzoo.backbones.blocks.ulsam import ULSAM
 
-__all__ = ["NeighborhoodAttention2D", "NeighborhoodBlock"]
+__all__ = [
+    "BLOCKS",
+    "ULSAM",
+    "BroadcastingMlp",
+    "ContextBroadcasting",
+    "EfficientAttention",
+    "EfficientProbing",
+    "EfficientTokenAttention",
+    "Insertion",
+    "MSAConv2d",
+    "MaskPredictor",
+    "NeighborhoodAttention2D",
+    "NeighborhoodBlock",
+    "PolarizedParallel",
+    "PolarizedSequential",
+    "Probe",
+    "SimPool",
+    "SparseAttention",
+    "SparseSettings",
+    "SubsampledAttention",
+    "TripletAttention",
+    "attach_probe",
+    "insert",
+    "probe_head",
+    "window_attention",
+]

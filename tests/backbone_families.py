@@ -20,6 +20,14 @@ _NAT = {
     "dilations": ((1, 2), (1,)),
 }
 _ISO = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 40, "patch_size": 8}
+_CARE = {
+    "depths": (1, 1, 2, 1),
+    "feat_dims": (6, 9, 12, 12),
+    "mem_dims": (2, 3, 4, 4),
+    "ratios": ((2, 2),) * 4,
+    "att_head_dim": (1, 1, 2, 4),
+}
+_FLOW = {"img_size": 32, "embed_dim": (8, 16), "depth": (1, 2), "mlp_ratio": (2, 2), "num_heads": 2}
 
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -27,4 +35,6 @@ FAMILIES: dict[str, Family] = {
     "dinat_s": ("dinat_s_tiny", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "nat_isotropic": ("nat_isotropic_small", {**_ISO, "kernel_size": 3}, (40, 40), "img_size 40 x 40"),
     "vitrpb": ("vitrpb_small", _ISO, (40, 40), "img_size 40 x 40"),
+    "care": ("caretrans_s0", _CARE, (64, 64), [(45, 61), (32, 99)]),
+    "flowformer": ("flowformer_cv", _FLOW, (32, 32), "img_size 32 x 32"),
 }

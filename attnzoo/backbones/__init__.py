@@ -4,11 +4,20 @@
     model = timm.create_model("dinat_tiny")
 
 Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
-ViT-RPB (nat_isotropic.py).
+ViT-RPB (nat_isotropic.py), CARE Transformer (care.py), Flowformer for vision (flowformer.py).
 """
 
-from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
+from attnzoo.backbones.blocks import (
+    CAREBlock,
+    CARETokenMixer,
+    FlowAttention,
+    FlowSelfAttention,
+    NeighborhoodAttention2D,
+    NeighborhoodBlock,
+)
+from attnzoo.backbones.care import CARETransformer
 from attnzoo.backbones.dinat_s import DiNAT_s
+from attnzoo.backbones.flowformer import Flowformer
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
@@ -17,9 +26,15 @@ from attnzoo.backbones.weights import LoadReport, convert, load_published
 
 __all__ = [
     "NAT",
+    "CAREBlock",
+    "CARETokenMixer",
+    "CARETransformer",
     "LoadReport",
     "DiNAT",
     "DiNAT_s",
+    "FlowAttention",
+    "FlowSelfAttention",
+    "Flowformer",
     "NATIsotropic",
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",

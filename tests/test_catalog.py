@@ -19,7 +19,8 @@ BY_ROOM = {"generators": generators.METHODS, "vlm": session.METHODS}
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_a_row_is_true(method, goldens_root):
-    assert callable(getattr(kernels, method.operation))
+    stock = method.operation == "scaled_dot_product_attention"  # torch's own, where none of ours is needed
+    assert stock or callable(getattr(kernels, method.operation))
     folder, system = method.test.split("/")
     assert (goldens_root / folder / system).is_dir() and system in adapter.SYSTEMS
     if method.room == "backbones":

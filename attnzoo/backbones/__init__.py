@@ -4,16 +4,26 @@
     model = timm.create_model("dinat_tiny")
 
 Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
-ViT-RPB (nat_isotropic.py), CARE Transformer (care.py), Flowformer for vision (flowformer.py).
+ViT-RPB (nat_isotropic.py), CARE Transformer (care.py), Flowformer for vision
+(flowformer.py). Layers for models of one's own, sigmoid attention and FLARE among them, are in blocks/.
 """
 
 from attnzoo.backbones.blocks import (
     CAREBlock,
     CARETokenMixer,
+    FlareAttention,
+    FlareBlock,
+    FlareModel,
     FlowAttention,
     FlowSelfAttention,
     NeighborhoodAttention2D,
     NeighborhoodBlock,
+    RootMeanSquareNorm,
+    SigmoidAttention,
+    SigmoidCrossAttention,
+    as_attn_layer,
+    sigmoid_attention,
+    sigmoid_block,
 )
 from attnzoo.backbones.care import CARETransformer
 from attnzoo.backbones.dinat_s import DiNAT_s
@@ -32,12 +42,19 @@ __all__ = [
     "LoadReport",
     "DiNAT",
     "DiNAT_s",
+    "FlareAttention",
+    "FlareBlock",
+    "FlareModel",
     "FlowAttention",
     "FlowSelfAttention",
     "Flowformer",
     "NATIsotropic",
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",
+    "RootMeanSquareNorm",
+    "SigmoidAttention",
+    "SigmoidCrossAttention",
+    "as_attn_layer",
     "attention_saliency",
     "classify",
     "convert",
@@ -45,4 +62,6 @@ __all__ = [
     "load_model",
     "load_published",
     "preprocess",
+    "sigmoid_attention",
+    "sigmoid_block",
 ]

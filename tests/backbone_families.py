@@ -29,6 +29,14 @@ _FAN = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 _VIT = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 40, "patch_size": 8}
 _SPARSE = {"coef_topk": 2, "reduce_n_factor": 4}
 _RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 16, 16, 32)}
+_CARE = {
+    "depths": (1, 1, 2, 1),
+    "feat_dims": (6, 9, 12, 12),
+    "mem_dims": (2, 3, 4, 4),
+    "ratios": ((2, 2),) * 4,
+    "att_head_dim": (1, 1, 2, 4),
+}
+_FLOW = {"img_size": 32, "embed_dim": (8, 16), "depth": (1, 2), "mlp_ratio": (2, 2), "num_heads": 2}
 
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -132,4 +140,6 @@ FAMILIES: dict[str, Family] = {
         [(45, 61), (27, 25)],
     ),
     "resnet_triplet": ("resnet18_triplet", _RESNET, (64, 64), [(45, 61), (33, 70)]),
+    "care": ("caretrans_s0", _CARE, (64, 64), [(45, 61), (32, 99)]),
+    "flowformer": ("flowformer_cv", _FLOW, (32, 32), "img_size 32 x 32"),
 }

@@ -8,14 +8,32 @@ One file a family; `attnzoo list backbones` and docs/backbones.md name them all.
 
 from attnzoo.backbones import restoration
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
-from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
+from attnzoo.backbones.blocks import (
+    CAREBlock,
+    CARETokenMixer,
+    FlareAttention,
+    FlareBlock,
+    FlareModel,
+    FlowAttention,
+    FlowSelfAttention,
+    NeighborhoodAttention2D,
+    NeighborhoodBlock,
+    RootMeanSquareNorm,
+    SigmoidAttention,
+    SigmoidCrossAttention,
+    as_attn_layer,
+    sigmoid_attention,
+    sigmoid_block,
+)
 from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAttention
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
+from attnzoo.backbones.care import CARETransformer
 from attnzoo.backbones.dependencyvit import DependencyViT
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.fan import FAN
 from attnzoo.backbones.fan_swin import FANSwin
+from attnzoo.backbones.flowformer import Flowformer
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
 from attnzoo.backbones.maxvit_cells import MaxxVitCells, use_cell_attention
@@ -37,6 +55,9 @@ __all__ = [
     "AgentPVT",
     "AgentSwin",
     "AggregatedAttention",
+    "CAREBlock",
+    "CARETokenMixer",
+    "CARETransformer",
     "ChannelProcessing",
     "CosineAttention",
     "DependencyViT",
@@ -44,6 +65,12 @@ __all__ = [
     "DiNAT_s",
     "FAN",
     "FANSwin",
+    "FlareAttention",
+    "FlareBlock",
+    "FlareModel",
+    "FlowAttention",
+    "FlowSelfAttention",
+    "Flowformer",
     "InLineCSwin",
     "InLineDeiT",
     "InLinePVT",
@@ -58,11 +85,15 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",
     "RVTAttention",
+    "RootMeanSquareNorm",
+    "SigmoidAttention",
+    "SigmoidCrossAttention",
     "Sparsifiner",
     "TAPRVT",
     "TokenAwarePooling",
     "TransNeXt",
     "TripletResNet",
+    "as_attn_layer",
     "attention_diversification_loss",
     "attention_saliency",
     "classify",
@@ -74,5 +105,7 @@ __all__ = [
     "moh_dit",
     "preprocess",
     "restoration",
+    "sigmoid_attention",
+    "sigmoid_block",
     "use_cell_attention",
 ]

@@ -127,7 +127,7 @@ def fit_state(state: dict[str, Tensor], model: nn.Module, what: str) -> tuple[di
         shown = "; ".join(problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         hint = ""
-        classifier = f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}.weight"
+        classifier = _weight_of(getattr(model, "pretrained_cfg", {}), "classifier")
         if classifier in own and classifier in fitted and len(own[classifier]) != len(fitted[classifier]):
             hint = f" (build the model with num_classes={len(fitted[classifier])})"
         raise ValueError(f"{what} does not fit {name_of_model}: {shown}{more}{hint}")
@@ -181,11 +181,17 @@ def load_published(model: nn.Module, path: str | Path) -> LoadReport:
     return report
 
 
+def _weight_of(cfg: dict[str, Any], layer: str) -> str:
+    """The weight of the layer that `cfg` names; the first's where it names several (two heads of a distilled model)."""
+    name = cfg.get(layer)
+    return f"{name[0] if isinstance(name, tuple | list) and name else name}.weight"
+
+
 def build_for(name: str, state: dict[str, Tensor], cfg: dict[str, Any]) -> nn.Module:
     """timm's `name` with the number of classes and image channels that the weights have."""
     sizes: dict[str, Any] = {}
     for argument, layer, axis in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
-        weight = state.get(f"{cfg.get(layer)}.weight")
+        weight = state.get(_weight_of(cfg, layer))
         if isinstance(weight, Tensor) and weight.ndim > axis:
             sizes[argument] = weight.shape[axis]
     return timm.create_model(name, **sizes)

@@ -1,13 +1,23 @@
 """Attention layers and blocks as nn.Modules, for building models of one's own."""
 
-<<<<<<< HEAD
+from attnzoo.backbones.blocks.attn_layer import as_attn_layer
 from attnzoo.backbones.blocks.broadcasting import BroadcastingMlp, ContextBroadcasting
+from attnzoo.backbones.blocks.care import CAREBlock, CARETokenMixer
 from attnzoo.backbones.blocks.efficient import EfficientAttention, EfficientTokenAttention
+from attnzoo.backbones.blocks.flare import FlareAttention, FlareBlock, FlareModel
+from attnzoo.backbones.blocks.flow import FlowAttention, FlowSelfAttention
 from attnzoo.backbones.blocks.insertion import BLOCKS, Insertion, insert
 from attnzoo.backbones.blocks.msa_conv import MSAConv2d, window_attention
 from attnzoo.backbones.blocks.neighborhood import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.blocks.polarized import PolarizedParallel, PolarizedSequential
 from attnzoo.backbones.blocks.probing import EfficientProbing, Probe, SimPool, attach_probe, probe_head
+from attnzoo.backbones.blocks.sigmoid import (
+    RootMeanSquareNorm,
+    SigmoidAttention,
+    SigmoidCrossAttention,
+    sigmoid_attention,
+    sigmoid_block,
+)
 from attnzoo.backbones.blocks.sparse import MaskPredictor, SparseAttention, SparseSettings
 from attnzoo.backbones.blocks.subsampled import SubsampledAttention
 from attnzoo.backbones.blocks.triplet import TripletAttention
@@ -15,12 +25,18 @@ from attnzoo.backbones.blocks.ulsam import ULSAM
 
 __all__ = [
     "BLOCKS",
-    "ULSAM",
     "BroadcastingMlp",
+    "CAREBlock",
+    "CARETokenMixer",
     "ContextBroadcasting",
     "EfficientAttention",
     "EfficientProbing",
     "EfficientTokenAttention",
+    "FlareAttention",
+    "FlareBlock",
+    "FlareModel",
+    "FlowAttention",
+    "FlowSelfAttention",
     "Insertion",
     "MSAConv2d",
     "MaskPredictor",
@@ -29,44 +45,20 @@ __all__ = [
     "PolarizedParallel",
     "PolarizedSequential",
     "Probe",
+    "RootMeanSquareNorm",
+    "SigmoidAttention",
+    "SigmoidCrossAttention",
     "SimPool",
     "SparseAttention",
     "SparseSettings",
     "SubsampledAttention",
     "TripletAttention",
+    "ULSAM",
+    "as_attn_layer",
     "attach_probe",
     "insert",
     "probe_head",
-    "window_attention",
-=======
-from attnzoo.backbones.blocks.attn_layer import as_attn_layer
-from attnzoo.backbones.blocks.care import CAREBlock, CARETokenMixer
-from attnzoo.backbones.blocks.flare import FlareAttention, FlareBlock, FlareModel
-from attnzoo.backbones.blocks.flow import FlowAttention, FlowSelfAttention
-from attnzoo.backbones.blocks.neighborhood import NeighborhoodAttention2D, NeighborhoodBlock
-from attnzoo.backbones.blocks.sigmoid import (
-    RootMeanSquareNorm,
-    SigmoidAttention,
-    SigmoidCrossAttention,
-    sigmoid_attention,
-    sigmoid_block,
-)
-
-__all__ = [
-    "CAREBlock",
-    "CARETokenMixer",
-    "FlareAttention",
-    "FlareBlock",
-    "FlareModel",
-    "FlowAttention",
-    "FlowSelfAttention",
-    "NeighborhoodAttention2D",
-    "NeighborhoodBlock",
-    "RootMeanSquareNorm",
-    "SigmoidAttention",
-    "SigmoidCrossAttention",
-    "as_attn_layer",
     "sigmoid_attention",
     "sigmoid_block",
->>>>>>> linear
+    "window_attention",
 ]

@@ -15,6 +15,8 @@ def as_attn_layer(layer: type[nn.Module], **options: Any) -> type[nn.Module]:
         timm.create_model("vit_small_patch16_224", attn_layer=as_attn_layer(FlareAttention, num_latents=49))
 
     options: keyword arguments of `layer`; they win over what timm passes (qkv_bias, qk_norm, norm_layer ...).
+    A model with such a layer copies and saves its state dict as any, but can't be pickled whole: the class has no name
+    in a module.
     """
 
     class Configured(layer):  # type: ignore[misc, valid-type]

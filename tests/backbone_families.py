@@ -26,7 +26,7 @@ _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "mlp_ratio": 2.
 _CSWIN = {**_SWIN, "split_size": (2, 2)}
 _AGENT = {"img_size": (48, 32), "agent_num": (4, 9)}
 _FAN = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
-_VIT = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 40, "patch_size": 8}
+_TOKENS = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 40, "patch_size": 8}
 _SPARSE = {"coef_topk": 2, "reduce_n_factor": 4}
 _RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 16, 16, 32)}
 _CARE = {
@@ -129,13 +129,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "sparsifiner": (
         "sparsifiner_tiny_patch16_224",
-        {**_VIT, "prune_blocks": (1,), "token_keep_rate": 0.6, "settings": _SPARSE},
+        {**_TOKENS, "prune_blocks": (1,), "token_keep_rate": 0.6, "settings": _SPARSE},
         (40, 40),
         "img_size 40 x 40",
     ),
     "dependencyvit": (
         "dependencyvit_lite_tiny_patch16_224",
-        {**_VIT, "prune_blocks": (2,), "prune_ratio": 0.3, "dynamic_img_size": True, "dynamic_img_pad": True},
+        {**_TOKENS, "prune_blocks": (2,), "prune_ratio": 0.3, "dynamic_img_size": True, "dynamic_img_pad": True},
         (40, 40),
         [(45, 61), (27, 25)],
     ),

@@ -25,6 +25,8 @@ _PVT = {"embed_dims": (8, 16), "depths": (2, 1), "num_heads": (2, 2), "mlp_ratio
 _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "mlp_ratio": 2.0}
 _CSWIN = {**_SWIN, "split_size": (2, 2)}
 _AGENT = {"img_size": (48, 32), "agent_num": (4, 9)}
+# Two stages: each random KAN multiplies rounding errors several times over (float32 against float64 too).
+_MEDVIT = {"stem_chs": (8, 4, 8), "depths": (1, 1, 0, 0), "dims": (8, 36, 36, 36), "head_dim": 4, "pad_small": True}
 
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -60,4 +62,6 @@ FAMILIES: dict[str, Family] = {
         (48, 32),
         [(45, 61), (27, 25)],
     ),
+    "medvitv2": ("medvitv2_tiny", {**_MEDVIT, "compat": "official"}, (64, 64), [(45, 61), (96, 64)]),
+    "medvitv2_default": ("medvitv2_tiny", {**_MEDVIT, "compat": "default"}, (64, 64), [(45, 61), (96, 64)]),
 }

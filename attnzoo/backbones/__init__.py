@@ -12,6 +12,7 @@ from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
+from attnzoo.backbones.medvitv2 import MedViTV2
 from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
@@ -27,6 +28,7 @@ __all__ = [
     "InLineDeiT",
     "InLinePVT",
     "InLineSwin",
+    "MedViTV2",
     "MOH_DIT",
     "MoHDiT",
     "NAT",

@@ -17,6 +17,7 @@ from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
+from attnzoo.backbones.shiftadd import ShiftAddPVT
 from attnzoo.backbones.weights import LoadReport, convert, load_published
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "NATIsotropic",
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",
+    "ShiftAddPVT",
     "attention_saliency",
     "classify",
     "convert",

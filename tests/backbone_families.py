@@ -66,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "medvitv2": ("medvitv2_tiny", {**_MEDVIT, "compat": "official"}, (64, 64), [(45, 61), (96, 64)]),
     "medvitv2_default": ("medvitv2_tiny", {**_MEDVIT, "compat": "default"}, (64, 64), [(45, 61), (96, 64)]),
     "shiftadd_hash": ("shiftadd_pvt_v2_b0", _SHIFTADD, (64, 64), [(45, 61), (96, 64)]),
+    # Hash and mixture apart: in bfloat16 a few tokens go to the other expert, and untrained experts differ entirely.
     "shiftadd_moe": ("shiftadd_pvt_v2_b0_moe", {**_SHIFTADD, "attn_type": "sra"}, (64, 64), [(45, 61), (96, 64)]),
     "shiftadd_binary": (
         "shiftadd_pvt_v2_b0",

@@ -204,7 +204,8 @@ class LinearShiftQ(_Shift):
 class Gate(nn.Module):
     """Which experts a token uses: [..., dim] -> gates [..., num_experts], zero but for its top_k.
 
-    The one of top_k=1 is the constant 1, so that `gate` gets no gradient; of more, the softmax over them.
+    The one of top_k=1 is the constant 1, so that `gate` gets no gradient; of more, the softmax over them. Computed in
+    float32 under autocast, where half precision would send some tokens elsewhere.
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int = 1, device: Any = None, dtype: Any = None) -> None:
@@ -214,7 +215,8 @@ class Gate(nn.Module):
         self.gate = nn.Linear(dim, num_experts, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.gate(x)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.gate(x.to(self.gate.weight.dtype))
         best, chosen = logits.topk(self.top_k, dim=-1)
         weights = torch.ones_like(best) if self.top_k == 1 else best.softmax(-1)
         return torch.zeros_like(logits).scatter(-1, chosen, weights.to(logits.dtype))

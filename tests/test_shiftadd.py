@@ -273,6 +273,8 @@ def test_bad_layers_are_named():
         MixtureLinear(4, 4, top_k=3)
     with pytest.raises(ValueError, match="num_heads must divide"):
         AngularAttention(8, 3)
+    with pytest.raises(ValueError, match=r"feat_size must be at least 2 x 2 for sr_ratio=2, got \(1, 10\)"):
+        ShiftAddPVT(**SMALL, attn_type="sra")(torch.randn(1, 3, 4, 40))
     with pytest.raises(NotImplementedError, match="attn_drop must be 0"):
         ShiftAddPVT(**SMALL, attn_drop_rate=0.1)
 

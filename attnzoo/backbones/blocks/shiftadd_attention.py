@@ -388,6 +388,15 @@ class SpatialReductionAttention(ReducedAttention):
             self.kv = linear(dim, 2 * dim, bias=qkv_bias, **dd)  # type: ignore[assignment]
             self.proj = linear(dim, dim, **dd)  # type: ignore[assignment]
 
+    def forward(self, x: Tensor, feat_size: Any) -> Tensor:
+        side = 1 if self.sr is None else self.sr.kernel_size[0]
+        if min(feat_size) < side:
+            raise ValueError(
+                f"feat_size must be at least {side} x {side} for sr_ratio={side}, got {tuple(feat_size)}: "
+                "give larger images"
+            )
+        return super().forward(x, feat_size)
+
 
 ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "msa": FullAttention,

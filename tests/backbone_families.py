@@ -37,6 +37,9 @@ _CARE = {
     "att_head_dim": (1, 1, 2, 4),
 }
 _FLOW = {"img_size": 32, "embed_dim": (8, 16), "depth": (1, 2), "mlp_ratio": (2, 2), "num_heads": 2}
+# Two stages: each random KAN multiplies rounding errors several times over (float32 against float64 too).
+_MEDVIT = {"stem_chs": (8, 4, 8), "depths": (1, 1, 0, 0), "dims": (8, 36, 36, 36), "head_dim": 4, "pad_small": True}
+_SHIFTADD = {"embed_dims": (8, 16), "depths": (2, 1), "num_heads": (2, 2), "mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
 
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -142,4 +145,15 @@ FAMILIES: dict[str, Family] = {
     "resnet_triplet": ("resnet18_triplet", _RESNET, (64, 64), [(45, 61), (33, 70)]),
     "care": ("caretrans_s0", _CARE, (64, 64), [(45, 61), (32, 99)]),
     "flowformer": ("flowformer_cv", _FLOW, (32, 32), "img_size 32 x 32"),
+    "medvitv2": ("medvitv2_tiny", {**_MEDVIT, "compat": "official"}, (64, 64), [(45, 61), (96, 64)]),
+    "medvitv2_default": ("medvitv2_tiny", {**_MEDVIT, "compat": "default"}, (64, 64), [(45, 61), (96, 64)]),
+    "shiftadd_hash": ("shiftadd_pvt_v2_b0", _SHIFTADD, (64, 64), [(45, 61), (96, 64)]),
+    # Hash and mixture apart: in bfloat16 a few tokens go to the other expert, and untrained experts differ entirely.
+    "shiftadd_moe": ("shiftadd_pvt_v2_b0_moe", {**_SHIFTADD, "attn_type": "sra"}, (64, 64), [(45, 61), (96, 64)]),
+    "shiftadd_binary": (
+        "shiftadd_pvt_v2_b0",
+        {**_SHIFTADD, "attn_type": "LinAngular_binary", "sparse_reg": True},
+        (64, 64),
+        [(45, 61), (96, 64)],
+    ),
 }

@@ -23,6 +23,13 @@ def build(name: str, **kwargs) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if norms:  # as in a trained model they normalise; untrained ones leave the signal to shrink from block to block
+            for norm in norms:
+                norm.momentum = None
+            model.train()(images(name, 8))
+            for norm in norms:
+                norm.momentum = 0.1
     return model.eval()
 
 

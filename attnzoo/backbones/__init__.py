@@ -37,12 +37,14 @@ from attnzoo.backbones.flowformer import Flowformer
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
 from attnzoo.backbones.maxvit_cells import MaxxVitCells, use_cell_attention
+from attnzoo.backbones.medvitv2 import MedViTV2
 from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
 from attnzoo.backbones.moh_transnext import MoHTransNeXt
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.resnet_triplet import TripletResNet
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
+from attnzoo.backbones.shiftadd import ShiftAddPVT
 from attnzoo.backbones.sparsifiner import Sparsifiner
 from attnzoo.backbones.tap_rvt import TAPRVT, RVTAttention
 from attnzoo.backbones.timm_families import load_official_shvit
@@ -78,6 +80,7 @@ __all__ = [
     "LoadReport",
     "MOH_DIT",
     "MaxxVitCells",
+    "MedViTV2",
     "MoHDiT",
     "MoHTransNeXt",
     "NAT",
@@ -86,6 +89,7 @@ __all__ = [
     "NeighborhoodBlock",
     "RVTAttention",
     "RootMeanSquareNorm",
+    "ShiftAddPVT",
     "SigmoidAttention",
     "SigmoidCrossAttention",
     "Sparsifiner",

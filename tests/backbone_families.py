@@ -26,6 +26,21 @@ _SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "mlp_ratio": 2.
 _CSWIN = {**_SWIN, "split_size": (2, 2)}
 _AGENT = {"img_size": (48, 32), "agent_num": (4, 9)}
 
+_VITAE = {
+    "dims": (8, 16),
+    "stem_dims": 8,
+    "depths": (1, 2),
+    "num_heads": 2,
+    "reduction_heads": (2, 4),
+    "strides": (4, 2),
+    "kernel_size": (7, 3),
+    "dilations": ((1, 2), (1,)),
+    "groups": (1, 4),
+    "reduction_groups": (1, 4),
+    "mlp_ratio": 2.0,
+    "window_size": 3,
+}
+
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "dinat": ("dinat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -59,5 +74,12 @@ FAMILIES: dict[str, Family] = {
         {**_CSWIN, "img_size": 32, "attn_type": "MI1", "la_split_size": (None, None)},
         (48, 32),
         [(45, 61), (27, 25)],
+    ),
+    "vitae_vsa": ("vitaev2_vsa_small", _VITAE, (48, 64), [(45, 61), (27, 17), (8, 8)]),
+    "vsa_swin": (
+        "vsa_swin_tiny",
+        {**_SWIN, "img_size": 32, "window_size": 3, "attn_type": "VM1"},
+        (48, 32),
+        [(45, 61), (7, 96)],
     ),
 }

@@ -4,7 +4,8 @@
     model = timm.create_model("dinat_tiny")
 
 Families: NAT and DiNAT (nat.py), DiNAT_s (dinat_s.py), isotropic NAT, DiNAT and
-ViT-RPB (nat_isotropic.py), Agent Attention (agent.py) and InLine attention (inline.py) in DeiT, PVT, Swin and CSwin.
+ViT-RPB (nat_isotropic.py), Agent Attention (agent.py) and InLine attention (inline.py) in DeiT, PVT, Swin and CSwin,
+varied-size windows in ViTAEv2 (vitae_vsa.py) and Swin (vsa_swin.py).
 """
 
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
@@ -16,6 +17,8 @@ from attnzoo.backbones.moh_dit import MOH_DIT, MoHDiT, moh_dit
 from attnzoo.backbones.nat import NAT, DiNAT
 from attnzoo.backbones.nat_isotropic import NATIsotropic
 from attnzoo.backbones.saliency import attention_saliency, feature_norms
+from attnzoo.backbones.vitae_vsa import ViTAEVSA
+from attnzoo.backbones.vsa_swin import VSASwin
 from attnzoo.backbones.weights import LoadReport, convert, load_published
 
 __all__ = [
@@ -34,6 +37,8 @@ __all__ = [
     "DiNAT",
     "DiNAT_s",
     "NATIsotropic",
+    "VSASwin",
+    "ViTAEVSA",
     "NeighborhoodAttention2D",
     "NeighborhoodBlock",
     "attention_saliency",

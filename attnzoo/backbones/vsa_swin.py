@@ -2,8 +2,8 @@
 
 Paper: "VSA: Learning Varied-Size Window Attention in Vision Transformers", Zhang et al., ECCV 2022,
 https://arxiv.org/abs/2204.08446, which reports Swin-T+VSA and Swin-S+VSA.
-Code: https://github.com/ViTAE-Transformer/ViTAE-VSA has none of it ("Coming Soon" in the README), and no checkpoint. This is
-the released attention (blocks/vsa.py) in the Swin host (hosts/swin.py), by these choices of ours:
+Code: https://github.com/ViTAE-Transformer/ViTAE-VSA has none of it ("Coming Soon" in the README), and no checkpoint:
+here is the released attention (blocks/vsa.py) in the Swin host (hosts/swin.py), by these choices of ours:
 - every block has it, and no windows are shifted: varied windows are what lets windows exchange;
 - the 7 x 7 depthwise position embedding stands before the norm and outside the residual stream, as in the released
   ViTAEv2 cells (`cpe=False` leaves it out).

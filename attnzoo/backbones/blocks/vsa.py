@@ -81,9 +81,10 @@ class VariedWindows(nn.Module):
         self.window_size = window_size
         self.pad = pad
         self.compat = compat
-        for name in ("sampling_offsets", "sampling_scales"):
-            layers = (nn.AvgPool2d(window_size), nn.LeakyReLU(0.01), nn.Conv2d(dim, 2 * num_heads, 1, **dd))
-            setattr(self, name, nn.Sequential(*layers))
+        self.sampling_offsets, self.sampling_scales = (
+            nn.Sequential(nn.AvgPool2d(window_size), nn.LeakyReLU(0.01), nn.Conv2d(dim, 2 * num_heads, 1, **dd))
+            for _ in range(2)
+        )
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads, **dd))
         init_normal(self.relative_position_bias_table)
 
@@ -115,8 +116,8 @@ class VariedWindows(nn.Module):
         pooled = F.leaky_relu(F.avg_pool2d(padded, window), 0.01)  # once for both networks
         # [B, heads * (x, y), down, across] -> [B, down, across, heads, 1, (y, x)]
         offsets, scales = (
-            net[2](pooled).unflatten(1, (self.num_heads, 2)).permute(0, 3, 4, 1, 2).flip(-1)[..., None, :]
-            for net in (self.sampling_offsets, self.sampling_scales)
+            net(pooled).unflatten(1, (self.num_heads, 2)).permute(0, 3, 4, 1, 2).flip(-1)[..., None, :]
+            for net in (self.sampling_offsets[2], self.sampling_scales[2])
         )
         dtype = torch.promote_types(offsets.dtype, torch.float32)
         inner = torch.arange(window, device=x.device, dtype=dtype) - (window - 1) / 2
@@ -126,8 +127,11 @@ class VariedWindows(nn.Module):
         ]
         middle = torch.stack(torch.meshgrid(*middles, indexing="ij"), -1)[:, :, None, None]
         # An offset of 1 is half the map over the windows, as in coordinates of -1 .. 1 over the map.
-        reach = [(n - 1) / (2 * count) for n, count in zip(padded.shape[2:], counts)]
-        offset = torch.stack([o * r for o, r in zip(offsets.to(dtype).unbind(-1), reach)], -1)
+        # Products of tensors and whole numbers only: a compiled graph can't hold every fraction of dynamic sizes.
+        lengths = padded.shape[2:]
+        offset = torch.stack(
+            [o * (n - 1) / (2 * count) for o, n, count in zip(offsets.to(dtype).unbind(-1), lengths, counts)], -1
+        )
         return middle + inside * (1 + scales.to(dtype)) + offset
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor, scale: float) -> Tensor:

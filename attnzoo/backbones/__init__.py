@@ -10,6 +10,7 @@ varied-size windows in ViTAEv2 (vitae_vsa.py) and Swin (vsa_swin.py).
 
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
 from attnzoo.backbones.blocks import NeighborhoodAttention2D, NeighborhoodBlock
+from attnzoo.backbones.detection import detector
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.inference import classify, load_model, preprocess
 from attnzoo.backbones.inline import InLineCSwin, InLineDeiT, InLinePVT, InLineSwin
@@ -44,6 +45,7 @@ __all__ = [
     "attention_saliency",
     "classify",
     "convert",
+    "detector",
     "feature_norms",
     "load_model",
     "load_published",

@@ -5,7 +5,8 @@
     found = model.eval()(images)                         # boxes, labels, scores per image
 
 Papers: Faster R-CNN, Ren et al., arXiv:1506.01497; RetinaNet, Lin et al., arXiv:1708.02002; feature pyramids,
-Lin et al., arXiv:1612.03144. Everything but the glue is torchvision's: heads, losses, anchors, resizing (`min_size`, `max_size`).
+Lin et al., arXiv:1612.03144. Everything but the glue is torchvision's: heads, losses,
+anchors, resizing (`min_size`, `max_size`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python demos/detect.py --backbone dinat_mini --kind rt_detr
 
-Builds the detector with random weights from a small configuration, takes one training step on a made-up scene and prints
-the losses and the shape of what it finds. Real use: the same configuration with the sizes of the published detectors.
+Builds the detector with random weights from a small configuration, takes one training step on a made-up scene and
+prints the losses and the shape of what it finds. Real use: the same with the sizes of the published detectors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KINDS = ("detr", "rt_detr")
 def build(backbone: str = "dinat_mini", kind: str = "detr", num_labels: int = 3, **sizes: Any) -> torch.nn.Module:
     """A small detector with random weights. sizes: further fields of DetrConfig or RTDetrConfig.
 
-    The backbone goes in as a TimmBackboneConfig: the short form (`use_timm_backbone=True, backbone=...`) asks for levels
-    1 to 4, which a model of four stages does not have, and for any others it asks the hub first.
+    The backbone goes in as a TimmBackboneConfig: the short form (`use_timm_backbone=True, backbone=...`) asks for
+    levels 1 to 4, which a model of four stages does not have, and for any others it asks the hub first.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")

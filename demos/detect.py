@@ -50,7 +50,10 @@ def step(model: torch.nn.Module, images: torch.Tensor, labels: list[dict[str, to
     out = model.train()(pixel_values=images, labels=labels)
     out.loss.backward()
     optimizer.step()
-    return {"loss": float(out.loss), **{name: float(value) for name, value in out.loss_dict.items()}}
+    return {
+        "loss": out.loss.item(),
+        **{name: float(torch.as_tensor(value).detach()) for name, value in out.loss_dict.items()},
+    }
 
 
 def scene(size: int = 64, batch: int = 1) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:

@@ -41,6 +41,21 @@ _FLOW = {"img_size": 32, "embed_dim": (8, 16), "depth": (1, 2), "mlp_ratio": (2,
 _MEDVIT = {"stem_chs": (8, 4, 8), "depths": (1, 1, 0, 0), "dims": (8, 36, 36, 36), "head_dim": 4, "pad_small": True}
 _SHIFTADD = {"embed_dims": (8, 16), "depths": (2, 1), "num_heads": (2, 2), "mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
 
+_VITAE = {
+    "dims": (8, 16),
+    "stem_dims": 8,
+    "depths": (1, 2),
+    "num_heads": 2,
+    "reduction_heads": (2, 4),
+    "strides": (4, 2),
+    "kernel_size": (7, 3),
+    "dilations": ((1, 2), (1,)),
+    "groups": (1, 4),
+    "reduction_groups": (1, 4),
+    "mlp_ratio": 2.0,
+    "window_size": 3,
+}
+
 FAMILIES: dict[str, Family] = {
     "nat": ("nat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
     "dinat": ("dinat_mini", _NAT, (32, 32), [(45, 61), (27, 25)]),
@@ -155,5 +170,11 @@ FAMILIES: dict[str, Family] = {
         {**_SHIFTADD, "attn_type": "LinAngular_binary", "sparse_reg": True},
         (64, 64),
         [(45, 61), (96, 64)],
+    "vitae_vsa": ("vitaev2_vsa_small", _VITAE, (48, 64), [(45, 61), (27, 17), (8, 8)]),
+    "vsa_swin": (
+        "vsa_swin_tiny",
+        {**_SWIN, "img_size": 32, "window_size": 3, "attn_type": "VM1"},
+        (48, 32),
+        [(45, 61), (7, 96)],
     ),
 }

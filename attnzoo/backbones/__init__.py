@@ -30,6 +30,7 @@ from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
 from attnzoo.backbones.care import CARETransformer
 from attnzoo.backbones.dependencyvit import DependencyViT
+from attnzoo.backbones.detection import detector
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.fan import FAN
 from attnzoo.backbones.fan_swin import FANSwin
@@ -49,6 +50,8 @@ from attnzoo.backbones.sparsifiner import Sparsifiner
 from attnzoo.backbones.tap_rvt import TAPRVT, RVTAttention
 from attnzoo.backbones.timm_families import load_official_shvit
 from attnzoo.backbones.transnext import TransNeXt
+from attnzoo.backbones.vitae_vsa import ViTAEVSA
+from attnzoo.backbones.vsa_swin import VSASwin
 from attnzoo.backbones.weights import LoadReport, convert, load_published
 
 __all__ = [
@@ -97,11 +100,14 @@ __all__ = [
     "TokenAwarePooling",
     "TransNeXt",
     "TripletResNet",
+    "VSASwin",
+    "ViTAEVSA",
     "as_attn_layer",
     "attention_diversification_loss",
     "attention_saliency",
     "classify",
     "convert",
+    "detector",
     "feature_norms",
     "load_model",
     "load_official_shvit",

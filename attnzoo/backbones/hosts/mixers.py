@@ -62,9 +62,11 @@ class Mixer(nn.Module):
 
     pinned: the size that its parameters tie the map to, None where it takes any.
     uses_mask: False for methods that cannot honour a mask; the host does not build one for them.
+    whole_map: True for methods that cut their own windows; a host of windows gives them the map.
     """
 
     uses_mask = False
+    whole_map = False
 
     def __init__(self, site: Site) -> None:
         super().__init__()

@@ -75,6 +75,8 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _window(self, size: Size) -> Size:
+        if getattr(self.mixer, "whole_map", False):
+            return size
         fixed = self.mixer.window if isinstance(self.mixer, SoftmaxMixer) else self.mixer.pinned
         return fixed or (min(self.window, size[0]), min(self.window, size[1]))
 

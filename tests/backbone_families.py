@@ -170,6 +170,7 @@ FAMILIES: dict[str, Family] = {
         {**_SHIFTADD, "attn_type": "LinAngular_binary", "sparse_reg": True},
         (64, 64),
         [(45, 61), (96, 64)],
+    ),
     "vitae_vsa": ("vitaev2_vsa_small", _VITAE, (48, 64), [(45, 61), (27, 17), (8, 8)]),
     "vsa_swin": (
         "vsa_swin_tiny",

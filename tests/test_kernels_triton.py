@@ -307,7 +307,7 @@ def nothing_to_do() -> None:
 
 
 def windows_and_their_inverse() -> None:
-    """`window` is the rule of problem.py, and `queries_of` leaves no query out, for every length up to 9."""
+    """`window` is the rule of problem.py, `queries_of` its exact inverse: every length up to 9, keys beyond it too."""
     global queries_of, tl, window  # a jitted function sees the names of its module, not those around it
     import triton
     import triton.language as tl
@@ -342,8 +342,8 @@ def windows_and_their_inverse() -> None:
         for kernel in range(1, 11)
         for stride in range(1, kernel + 1)
         for p in range(length)
-        for a in range(length)
-        for b in (a, min(a + 3, length - 1))
+        for a in range(length + 2)
+        for b in {min(a, length - 1), min(a + 3, length - 1)}
     ]
     for causal, border in ((False, "shift"), (False, "mask"), (False, "zero"), (True, "shift")):
         kept = [row for row in rows if border != "shift" or causal or row[2] <= row[1]]
@@ -362,8 +362,9 @@ def windows_and_their_inverse() -> None:
             assert (first[n], last[n], start[n]) == want, (
                 f"window of {kept[n]}: {(first[n], last[n], start[n])}, {want}"
             )
-            if first[n] <= b and last[n] > a:
-                assert low[n] <= p < high[n], f"{kept[n]}: query {p} is not in {low[n]} .. {high[n] - 1}"
+            meets = a <= b and first[n] <= b and last[n] > a
+            assert (low[n] <= p < high[n]) == meets, f"{kept[n]}: {meets=}, range {low[n]} .. {high[n] - 1}"
+            assert low[n] >= 0 and (high[n] <= length or low[n] >= high[n]), f"{kept[n]}: {low[n]} .. {high[n] - 1}"
 
 
 def through_the_public_function() -> None:

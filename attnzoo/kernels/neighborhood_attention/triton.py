@@ -72,21 +72,26 @@ def window(p, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr
 
 @triton.jit
 def queries_of(first, last, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr):
-    """The inverse of `window`: a range of query positions that holds all whose windows meet keys first .. last.
+    """The inverse of `window`: the queries whose windows meet keys first .. last, low and one past the high end.
 
-    The window's ends never decrease with the query's position, so that two bounds suffice; with a stride they may be
-    a few queries too wide, and the pairs are masked exactly in any case.
+    The windows' ends never decrease with the query's position, so that these queries are a range, and exactly the
+    range is given: no query of it sees none of the keys. Where windows are not causal both ends are those of stride
+    groups. Nothing (low >= high) where first > last.
     """
     if CAUSAL:
-        low = first
-        high = last + kernel
+        low = first  # a query sees no key after itself, whatever its group
+        high = (last + kernel) // stride * stride
+        all_after = last + kernel >= length  # the last group's leader is the last query
     else:
-        low = first - (kernel - 1) // 2 - stride // 2
-        high = last + kernel // 2 - stride // 2 + stride
+        lead = stride // 2
+        low = (tl.maximum(first - (kernel - 1) // 2 - lead, 0) + stride - 1) // stride * stride
+        high = ((last + kernel // 2 - lead) // stride + 1) * stride
+        all_after = last + kernel // 2 + 1 >= length
         if BORDER == "shift":  # queries near an end share the window that was moved inward
             low = tl.where(first < kernel, 0, low)
-            high = tl.where(last >= length - kernel, length, high)
-    return tl.maximum(low, 0), tl.minimum(high, length)
+            all_after = last + kernel >= length
+    high = tl.where(all_after, length, tl.minimum(high, length))
+    return low, tl.where(first <= last, high, low)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ shows), and each load and store must stay inside the tensors that the launch was
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -421,11 +422,29 @@ def front_ends() -> None:
         print(json.dumps({"name": name, "outcome": outcome, "kernels": kernels}), flush=True)
 
 
+def compiled_configurations() -> None:
+    """Every launch of every case that is compiled ahead of time, as the table's choices; one line of JSON each."""
+    from attnzoo.kernels import aot
+    from attnzoo.kernels.neighborhood_attention import triton
+
+    for case in triton.AOT:
+        for target in (aot.TARGETS["sm_90"], aot.TARGETS["gfx942"]):
+            for each in aot.launches(case, target):
+                given = each.arguments
+                tiles = [given[f"{tile}{axis}"] for tile in ("TQ", "TK") for axis in range(3)]
+                entry = (each.kernel.__name__, given["query"].element_size(), given["BLOCK_D"], given["RANK"])
+                chosen = (*entry, target.vendor, *tiles, given["num_warps"], given["num_stages"])
+                print(json.dumps({"case": case.label, "chosen": chosen}), flush=True)
+
+
 def main(names: list[str]) -> None:
     """Run the named cases and checks; one line of JSON each."""
     torch.set_num_threads(1)
     if names == ["--front-end"]:
         front_ends()
+        return
+    if names == ["--compiled"]:
+        compiled_configurations()
         return
     for name in names:
         torch.manual_seed(0)
@@ -525,6 +544,27 @@ def test_the_documented_table_has_every_quick_case() -> None:
     assert listed.returncode == 0, listed.stderr[-4000:]
     missing = [line for line in listed.stdout.splitlines() if line not in page]
     assert not missing, "run: python -m attnzoo.kernels.aot --all --write docs/kernels.md\n" + "\n".join(missing)
+
+
+def test_every_configuration_that_the_table_can_choose_is_compiled() -> None:
+    from attnzoo.kernels.neighborhood_attention import table
+
+    wanted = set()
+    for kernel, entries in table.packaged()["kernels"].items():
+        choices = ((int(size), int(dims)) for size in entries for dims in entries[size])
+        for (itemsize, dims), rank, biased, maker in itertools.product(
+            choices, (1, 2, 3), (False, True), ("cuda", "hip")
+        ):
+            if biased or kernel != "grad_offset_bias":
+                cfg = table.config(kernel, rank, dims, dims, itemsize, biased, maker)
+                entry = (f"na_{kernel}", itemsize, dims, rank, maker)
+                wanted.add((*entry, *cfg.queries, *cfg.keys, cfg.num_warps, cfg.num_stages))
+    done = in_a_process([__file__, "--compiled"], interpret=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert wanted == {tuple(each["chosen"]) for each in found}
+    labels = [each["case"] for each in found]
+    assert len(set(labels)) == len(list(table.calls())) and "float16 d64 2-D extra" in labels
 
 
 def test_compiling_under_the_interpreter_is_refused() -> None:

@@ -104,6 +104,26 @@ def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int
     return _read(kernel, rank, bucket(head_dim, head_dim_v), itemsize, biased, maker)
 
 
+def calls() -> Iterator[tuple[int, int, int, bool]]:
+    """(itemsize, head dim, rank, biased) of calls that between them choose every configuration of the table.
+
+    Calls with a bias run every kernel; those without one are listed where any of their kernels is cut otherwise.
+    """
+    entries = (packaged() if _replaced is None else _replaced)["kernels"]["forward"]
+    for itemsize, dims, rank in (
+        (int(size), int(d), rank) for size in entries for d in entries[size] for rank in (1, 2, 3)
+    ):
+        yield itemsize, dims, rank, True
+        if any(
+            config(kernel, rank, dims, dims, itemsize, False, maker)
+            != config(kernel, rank, dims, dims, itemsize, True, maker)
+            for kernel in KERNELS
+            if kernel != "grad_offset_bias"
+            for maker in ("cuda", "hip")
+        ):
+            yield itemsize, dims, rank, False
+
+
 @functools.cache
 def _read(kernel: str, rank: int, dims: int, itemsize: int, biased: bool, maker: str) -> Config:
     table = packaged() if _replaced is None else _replaced

@@ -26,7 +26,7 @@ from attnzoo.kernels.dispatch import interpreting
 from attnzoo.kernels.launch import launch, vendor
 from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.table import Config, config
+from attnzoo.kernels.neighborhood_attention.table import Config, calls, config
 from attnzoo.kernels.triton_shared import (
     LN2,
     LOG2E,
@@ -568,18 +568,16 @@ def _call_on_meta(
 
 
 _SPILLS = dict.fromkeys(("na_grad_query", "na_grad_key_value", "na_grad_offset_bias", "na_grad_extra"), 64)
-_GRIDS = {2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
+_GRIDS = {1: ((1024,), (33,)), 2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
+_DTYPES = {2: torch.float16, 4: torch.float32}
 AOT = [
     Case(
-        f"{str(dtype)[6:]} d{head_dim} {rank}-D" + (f" {bias} bias" if bias != "none" else "") + " extra" * bool(extra),
-        functools.partial(_call_on_meta, dtype, *_GRIDS[rank], head_dim, bias, extra),
-        quick=(head_dim, bias, dtype) == (32, "offset", torch.float16),
+        f"{str(_DTYPES[itemsize])[6:]} d{head_dim} {rank}-D" + " offset bias" * biased + " extra",
+        functools.partial(
+            _call_on_meta, _DTYPES[itemsize], *_GRIDS[rank], head_dim, "offset" if biased else "none", 16
+        ),
+        quick=(itemsize, head_dim, rank, biased) == (2, 32, 2, True),
         spills=_SPILLS,
     )
-    for dtype, head_dim, rank, bias, extra in (
-        (torch.float16, 32, 2, "offset", 16),
-        (torch.float16, 64, 3, "offset", 16),
-        (torch.float16, 128, 2, "offset", 16),
-        (torch.float32, 64, 2, "offset", 16),
-    )
+    for itemsize, head_dim, rank, biased in calls()
 ]

@@ -90,6 +90,14 @@ CASES = {
     "head_dim 256": Case((9, 8), 5, head_dim=256, heads=1),
     "scale 0": Case((9, 8), 5, scale=0.0, heads=1),
     "scale below 0": Case((9, 8), 5, scale=-0.4, heads=1),
+    # The forward masks no key tile that every query of its tile sees whole (interpreted tiles: 64, 8 x 8, 4 x 4 x 4).
+    "every tile whole": Case((24, 16), (16, 8), stride=8, heads=1, head_dim=16),
+    "every tile whole 3d": Case((8, 8, 8), (4, 4, 8), stride=4, heads=1, head_dim=16),
+    "whole tiles between cut ones": Case((192,), 128, heads=1, head_dim=16),
+    "whole tiles, zero, cut tile of queries": Case((100,), 128, border="zero", heads=1, head_dim=16, extra=3),
+    "whole tiles, mask, dilation": Case((150,), 129, dilation=2, border="mask", heads=1, head_dim=16),
+    "whole tiles, causal": Case((200,), 140, stride=3, is_causal=True, heads=2, heads_kv=1, head_dim=16),
+    "whole along one axis": Case((16, 20), (8, 12), stride=(8, 1), heads=1, head_dim=16),
     "without a gradient of lse": Case((9, 8), 5, grad_lse=False, heads=1),
 }
 # Norm of the error over the norm of the float64 result: out and lse, gradients.

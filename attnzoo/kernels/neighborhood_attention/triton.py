@@ -160,14 +160,22 @@ def query_axis(
     """One axis of a tile of queries that begins at position t of its group; i: place in the tile.
 
     Per query: position, first key, one past the last key, unclipped first key. Of the whole tile: length of the group,
-    first key and one past the last key (the ends never decrease with the position: two queries bound them all).
+    first key and one past the last key that any of its queries sees, and the same of the keys that all of them see
+    (the ends never decrease with the position: two queries bound them all).
     """
     length = tl.cdiv(size - group, dilation)
     p = t + i
     first, last, start = window(tl.minimum(p, length - 1), length, kernel, stride, CAUSAL, BORDER)
-    low, _last, _start = window(tl.minimum(t, length - 1), length, kernel, stride, CAUSAL, BORDER)
-    _first, high, _start = window(tl.minimum(t + TILE, length) - 1, length, kernel, stride, CAUSAL, BORDER)
-    return p, first, last, start, length, low, high
+    low, all_high, _start = window(tl.minimum(t, length - 1), length, kernel, stride, CAUSAL, BORDER)
+    all_low, high, _start = window(tl.minimum(t + TILE, length) - 1, length, kernel, stride, CAUSAL, BORDER)
+    return p, first, last, start, length, low, high, all_low, all_high
+
+
+@triton.jit
+def whole_tiles(low, all_low, all_high, TILE: tl.constexpr):
+    """Which of the tiles of keys from `low` on lie wholly in all_low .. all_high - 1: the first, one past the last."""
+    first = tl.cdiv(all_low - low, TILE)
+    return first, tl.maximum((all_high - low) // TILE, first)
 
 
 @triton.jit
@@ -259,13 +267,13 @@ def na_forward(
     h = rest % heads
     h_kv = h // HEADS_PER_KV
     i0, i1, i2 = place(tl.arange(0, BM), TQ1, TQ2)
-    p0, first0, last0, start0, length0, low0, high0 = query_axis(
+    p0, first0, last0, start0, length0, low0, high0, all_low0, all_high0 = query_axis(
         t0, i0, g0, size0, kernel0, stride0, dilation0, CAUSAL0, BORDER, TQ0
     )
-    p1, first1, last1, start1, length1, low1, high1 = query_axis(
+    p1, first1, last1, start1, length1, low1, high1, all_low1, all_high1 = query_axis(
         t1, i1, g1, size1, kernel1, stride1, dilation1, CAUSAL1, BORDER, TQ1
     )
-    p2, first2, last2, start2, length2, low2, high2 = query_axis(
+    p2, first2, last2, start2, length2, low2, high2, all_low2, all_high2 = query_axis(
         t2, i2, g2, size2, kernel2, stride2, dilation2, CAUSAL2, BORDER, TQ2
     )
     valid = (p0 < length0) & (p1 < length1) & (p2 < length2)
@@ -273,6 +281,9 @@ def na_forward(
     count1 = tl.cdiv(high1 - low1, TK1)
     count2 = tl.cdiv(high2 - low2, TK2)
     tiles = tl.maximum(tl.cdiv(high0 - low0, TK0), 0) * tl.maximum(count1, 0) * tl.maximum(count2, 0)
+    whole0, end0 = whole_tiles(low0, all_low0, all_high0, TK0)
+    whole1, end1 = whole_tiles(low1, all_low1, all_high1, TK1)
+    whole2, end2 = whole_tiles(low2, all_low2, all_high2, TK2)
 
     x0 = g0 + p0 * dilation0
     x1 = g1 + p1 * dilation1
@@ -304,14 +315,20 @@ def na_forward(
         y2 = g2 + c2 * dilation2
         k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-        seen = visible(
-            c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
-            first2[:, None], last2[:, None], RANK,
-        )  # fmt: skip
-        if BIAS != "none":
-            index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
-            logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-        logits = tl.where(seen, logits, float("-inf"))
+        whole = within(a2, whole2, end2)
+        if RANK >= 2:
+            whole = whole & within(a1, whole1, end1)
+        if RANK == 3:
+            whole = whole & within(a0, whole0, end0)
+        if BIAS != "none" or not whole:
+            seen = visible(
+                c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None],
+                last1[:, None], first2[:, None], last2[:, None], RANK,
+            )  # fmt: skip
+            if BIAS != "none":
+                index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
+                logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
+            logits = tl.where(seen, logits, float("-inf"))
         v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
 

@@ -79,13 +79,13 @@ def na_grad_query(
     h = rest % heads
     h_kv = h // HEADS_PER_KV
     i0, i1, i2 = place(tl.arange(0, BM), TQ1, TQ2)
-    p0, first0, last0, start0, length0, low0, high0 = query_axis(
+    p0, first0, last0, start0, length0, low0, high0, _low0, _high0 = query_axis(
         t0, i0, g0, size0, kernel0, stride0, dilation0, CAUSAL0, BORDER, TQ0
     )
-    p1, first1, last1, start1, length1, low1, high1 = query_axis(
+    p1, first1, last1, start1, length1, low1, high1, _low1, _high1 = query_axis(
         t1, i1, g1, size1, kernel1, stride1, dilation1, CAUSAL1, BORDER, TQ1
     )
-    p2, first2, last2, start2, length2, low2, high2 = query_axis(
+    p2, first2, last2, start2, length2, low2, high2, _low2, _high2 = query_axis(
         t2, i2, g2, size2, kernel2, stride2, dilation2, CAUSAL2, BORDER, TQ2
     )
     valid = (p0 < length0) & (p1 < length1) & (p2 < length2)
@@ -300,13 +300,13 @@ def na_grad_offset_bias(
         b, g0, g1, g2, t0, t1, t2 = tile_of_program(
             tile, size0, size1, size2, dilation0, dilation1, dilation2, RANK, TQ0, TQ1, TQ2
         )
-        p0, first0, last0, start0, length0, low0, high0 = query_axis(
+        p0, first0, last0, start0, length0, low0, high0, _low0, _high0 = query_axis(
             t0, i0, g0, size0, kernel0, stride0, dilation0, CAUSAL0, BORDER, TQ0
         )
-        p1, first1, last1, start1, length1, low1, high1 = query_axis(
+        p1, first1, last1, start1, length1, low1, high1, _low1, _high1 = query_axis(
             t1, i1, g1, size1, kernel1, stride1, dilation1, CAUSAL1, BORDER, TQ1
         )
-        p2, first2, last2, start2, length2, low2, high2 = query_axis(
+        p2, first2, last2, start2, length2, low2, high2, _low2, _high2 = query_axis(
             t2, i2, g2, size2, kernel2, stride2, dilation2, CAUSAL2, BORDER, TQ2
         )
         f0 = t0 + origin0 + m0 * TK0

@@ -90,7 +90,7 @@ CASES = {
     "head_dim 256": Case((9, 8), 5, head_dim=256, heads=1),
     "scale 0": Case((9, 8), 5, scale=0.0, heads=1),
     "scale below 0": Case((9, 8), 5, scale=-0.4, heads=1),
-    # The forward masks no key tile that every query of its tile sees whole (interpreted tiles: 64, 8 x 8, 4 x 4 x 4).
+    # The forward masks no key tile that every query of its tile sees whole (interpreted tiles: 64, 8 x 8, 2 x 4 x 8).
     "every tile whole": Case((24, 16), (16, 8), stride=8, heads=1, head_dim=16),
     "every tile whole 3d": Case((8, 8, 8), (4, 4, 8), stride=4, heads=1, head_dim=16),
     "whole tiles between cut ones": Case((192,), 128, heads=1, head_dim=16),

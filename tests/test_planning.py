@@ -330,8 +330,10 @@ def test_a_video_model() -> None:
     assert plan.density == pytest.approx(0.09) and plan.forward.ideal == pytest.approx(100 / 9)
     assert plan.forward.dense_flops == 4 * 115200**2 * 128 * 24
     assert plan.backward.useful_flops == 2.5 * plan.forward.useful_flops
-    by_keys = plan.backward.triton[1]
-    assert by_keys.kernel == "grad_key_value" and by_keys.pairs < 1.12 * plan.useful_pairs
+    walks = [*plan.forward.triton, *plan.backward.triton]
+    assert [walk.kernel for walk in walks] == ["forward", "grad_query", "grad_key_value"]
+    assert all(walk.pairs == plan.useful_pairs for walk in walks)  # windows, strides and tiles are aligned
+    assert plan.backward.bound == pytest.approx(plan.forward.bound * 5 / 7)  # the logits are formed in both kernels
     (walk,) = plan.forward.triton
     cfg = table.config("forward", 3, 128, 128, 2, False, "cuda")
     assert (walk.queries, walk.keys, walk.num_warps) == (cfg.queries, cfg.keys, cfg.num_warps)
@@ -339,6 +341,11 @@ def test_a_video_model() -> None:
     assert told["bound"] == "compute" and told["compute"] == pytest.approx(plan.forward.executed_flops / 989.4e9)
     assert plan.traffic.once < plan.traffic.walked
     assert json.loads(json.dumps(plan.to_dict()))["forward"]["bound"] == plan.forward.bound
+
+
+def test_an_image_model() -> None:
+    plan = plan_neighborhood_attention((256, 256), 80, 16, head_dim=128, heads=24)
+    assert plan.forward.bound == pytest.approx(10.24) and plan.backward.bound == pytest.approx(10.24 * 5 / 7)
 
 
 def test_head_dims_are_as_wide_as_the_kernel_computes_them() -> None:

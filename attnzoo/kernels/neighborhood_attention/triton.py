@@ -553,9 +553,15 @@ def backward(
 
 
 def _call_on_meta(
-    dtype: torch.dtype, grid: tuple[int, ...], kernel_size: tuple[int, ...], head_dim: int, bias: str, extra: int
+    dtype: torch.dtype,
+    grid: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    head_dim: int,
+    bias: str,
+    extra: int,
+    with_backward: bool = True,
 ) -> None:
-    """Forward and backward of one call on tensors without memory: its launches are what `aot` compiles."""
+    """Forward, and backward unless told not to, of one call on tensors without memory: its launches are what `aot` compiles."""
     heads = 4
     query = torch.empty(2, *grid, heads, head_dim, dtype=dtype, device="meta")
     table = torch.empty(heads, *(2 * k - 1 for k in kernel_size), device="meta") if bias == "offset" else None
@@ -581,7 +587,8 @@ def _call_on_meta(
         dtype,
     )
     out, lse = forward(query, query, query, table, more, more, problem)
-    backward(out, lse, query, query, query, table, more, more, out, lse, problem)
+    if with_backward:
+        backward(out, lse, query, query, query, table, more, more, out, lse, problem)
 
 
 _SPILLS = dict.fromkeys(("na_grad_query", "na_grad_key_value", "na_grad_offset_bias", "na_grad_extra"), 64)
@@ -591,10 +598,16 @@ AOT = [
     Case(
         f"{str(_DTYPES[itemsize])[6:]} d{head_dim} {rank}-D" + " offset bias" * biased + " extra",
         functools.partial(
-            _call_on_meta, _DTYPES[itemsize], *_GRIDS[rank], head_dim, "offset" if biased else "none", 16
+            _call_on_meta,
+            _DTYPES[itemsize],
+            *_GRIDS[rank],
+            head_dim,
+            "offset" if biased else "none",
+            extra=16,
+            with_backward=with_backward,
         ),
         quick=(itemsize, head_dim, rank, biased) == (2, 32, 2, True),
         spills=_SPILLS,
     )
-    for itemsize, head_dim, rank, biased in calls()
+    for itemsize, head_dim, rank, biased, with_backward in calls()
 ]

@@ -561,7 +561,7 @@ def _call_on_meta(
     extra: int,
     with_backward: bool = True,
 ) -> None:
-    """Forward, and backward unless told not to, of one call on tensors without memory: its launches are what `aot` compiles."""
+    """Forward, and backward unless told not to, on tensors without memory: its launches are what `aot` compiles."""
     heads = 4
     query = torch.empty(2, *grid, heads, head_dim, dtype=dtype, device="meta")
     table = torch.empty(heads, *(2 * k - 1 for k in kernel_size), device="meta") if bias == "offset" else None

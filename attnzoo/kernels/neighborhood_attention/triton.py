@@ -191,7 +191,10 @@ def member(c0, c1, c2, length0, length1, length2, RANK: tl.constexpr):
 
 @triton.jit
 def visible(c0, c1, c2, first0, last0, first1, last1, first2, last2, RANK: tl.constexpr):
-    """Which keys (positions c, one orientation) lie in the windows of which queries (the other orientation)."""
+    """Which keys (positions c, one orientation) lie in the windows of which queries (the other orientation).
+
+    Also, with tiles of keys for c: which of them lie in the ranges of whole ones.
+    """
     seen = within(c2, first2, last2)
     if RANK >= 2:
         seen = seen & within(c1, first1, last1)
@@ -315,11 +318,7 @@ def na_forward(
         y2 = g2 + c2 * dilation2
         k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-        whole = within(a2, whole2, end2)
-        if RANK >= 2:
-            whole = whole & within(a1, whole1, end1)
-        if RANK == 3:
-            whole = whole & within(a0, whole0, end0)
+        whole = visible(a0, a1, a2, whole0, end0, whole1, end1, whole2, end2, RANK)  # every query sees every key
         if BIAS != "none" or not whole:
             seen = visible(
                 c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None],

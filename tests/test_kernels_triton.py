@@ -9,6 +9,7 @@ shows), and each load and store must stay inside the tensors that the launch was
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -89,6 +90,14 @@ CASES = {
     "head_dim 256": Case((9, 8), 5, head_dim=256, heads=1),
     "scale 0": Case((9, 8), 5, scale=0.0, heads=1),
     "scale below 0": Case((9, 8), 5, scale=-0.4, heads=1),
+    # The forward masks no key tile that every query of its tile sees whole (interpreted tiles: 64, 8 x 8, 2 x 4 x 8).
+    "every tile whole": Case((24, 16), (16, 8), stride=8, heads=1, head_dim=16),
+    "every tile whole 3d": Case((8, 8, 8), (4, 4, 8), stride=4, heads=1, head_dim=16),
+    "whole tiles between cut ones": Case((192,), 128, heads=1, head_dim=16),
+    "whole tiles, zero, cut tile of queries": Case((100,), 128, border="zero", heads=1, head_dim=16, extra=3),
+    "whole tiles, mask, dilation": Case((150,), 129, dilation=2, border="mask", heads=1, head_dim=16),
+    "whole tiles, causal": Case((200,), 140, stride=3, is_causal=True, heads=2, heads_kv=1, head_dim=16),
+    "whole along one axis": Case((16, 20), (8, 12), stride=(8, 1), heads=1, head_dim=16),
     "without a gradient of lse": Case((9, 8), 5, grad_lse=False, heads=1),
 }
 # Norm of the error over the norm of the float64 result: out and lse, gradients.
@@ -307,7 +316,7 @@ def nothing_to_do() -> None:
 
 
 def windows_and_their_inverse() -> None:
-    """`window` is the rule of problem.py, and `queries_of` leaves no query out, for every length up to 9."""
+    """`window` is the rule of problem.py, `queries_of` its exact inverse: every length up to 9, keys beyond it too."""
     global queries_of, tl, window  # a jitted function sees the names of its module, not those around it
     import triton
     import triton.language as tl
@@ -342,8 +351,8 @@ def windows_and_their_inverse() -> None:
         for kernel in range(1, 11)
         for stride in range(1, kernel + 1)
         for p in range(length)
-        for a in range(length)
-        for b in (a, min(a + 3, length - 1))
+        for a in range(length + 2)
+        for b in {min(a, length - 1), min(a + 3, length - 1)}
     ]
     for causal, border in ((False, "shift"), (False, "mask"), (False, "zero"), (True, "shift")):
         kept = [row for row in rows if border != "shift" or causal or row[2] <= row[1]]
@@ -362,8 +371,9 @@ def windows_and_their_inverse() -> None:
             assert (first[n], last[n], start[n]) == want, (
                 f"window of {kept[n]}: {(first[n], last[n], start[n])}, {want}"
             )
-            if first[n] <= b and last[n] > a:
-                assert low[n] <= p < high[n], f"{kept[n]}: query {p} is not in {low[n]} .. {high[n] - 1}"
+            meets = a <= b and first[n] <= b and last[n] > a
+            assert (low[n] <= p < high[n]) == meets, f"{kept[n]}: {meets=}, range {low[n]} .. {high[n] - 1}"
+            assert low[n] >= 0 and (high[n] <= length or low[n] >= high[n]), f"{kept[n]}: {low[n]} .. {high[n] - 1}"
 
 
 def through_the_public_function() -> None:
@@ -420,11 +430,29 @@ def front_ends() -> None:
         print(json.dumps({"name": name, "outcome": outcome, "kernels": kernels}), flush=True)
 
 
+def compiled_configurations() -> None:
+    """Every launch of every case that is compiled ahead of time, as the table's choices; one line of JSON each."""
+    from attnzoo.kernels import aot
+    from attnzoo.kernels.neighborhood_attention import triton
+
+    for case in triton.AOT:
+        for target in (aot.TARGETS["sm_90"], aot.TARGETS["gfx942"]):
+            for each in aot.launches(case, target):
+                given = each.arguments
+                tiles = [given[f"{tile}{axis}"] for tile in ("TQ", "TK") for axis in range(3)]
+                entry = (each.kernel.__name__, given["query"].element_size(), given["BLOCK_D"], given["RANK"])
+                chosen = (*entry, target.vendor, *tiles, given["num_warps"], given["num_stages"])
+                print(json.dumps({"case": case.label, "chosen": chosen}), flush=True)
+
+
 def main(names: list[str]) -> None:
     """Run the named cases and checks; one line of JSON each."""
     torch.set_num_threads(1)
     if names == ["--front-end"]:
         front_ends()
+        return
+    if names == ["--compiled"]:
+        compiled_configurations()
         return
     for name in names:
         torch.manual_seed(0)
@@ -524,6 +552,27 @@ def test_the_documented_table_has_every_quick_case() -> None:
     assert listed.returncode == 0, listed.stderr[-4000:]
     missing = [line for line in listed.stdout.splitlines() if line not in page]
     assert not missing, "run: python -m attnzoo.kernels.aot --all --write docs/kernels.md\n" + "\n".join(missing)
+
+
+def test_every_configuration_that_the_table_can_choose_is_compiled() -> None:
+    from attnzoo.kernels.neighborhood_attention import table
+
+    wanted = set()
+    for kernel, entries in table.packaged()["kernels"].items():
+        choices = ((int(size), int(dims)) for size in entries for dims in entries[size])
+        for (itemsize, dims), rank, biased, maker in itertools.product(
+            choices, (1, 2, 3), (False, True), ("cuda", "hip")
+        ):
+            if biased or kernel != "grad_offset_bias":
+                cfg = table.config(kernel, rank, dims, dims, itemsize, biased, maker)
+                entry = (f"na_{kernel}", itemsize, dims, rank, maker)
+                wanted.add((*entry, *cfg.queries, *cfg.keys, cfg.num_warps, cfg.num_stages))
+    done = in_a_process([__file__, "--compiled"], interpret=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert wanted == {tuple(each["chosen"]) for each in found}
+    labels = [each["case"] for each in found]
+    assert len(set(labels)) == len(list(table.calls())) and "float16 d64 2-D extra" in labels
 
 
 def test_compiling_under_the_interpreter_is_refused() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo import generators
-from attnzoo.kernels import Plan, neighborhood_logits, plan_neighborhood_attention
+from attnzoo.kernels import Plan, neighborhood_logits, plan_neighborhood_attention, planning
 from attnzoo.kernels.neighborhood_attention import table, tiled
 from attnzoo.kernels.planning import Walk
 
@@ -87,6 +87,19 @@ class OneAxis:
                 found.append(max(last for _, last in windows) - min(first for first, _ in windows))
         return found
 
+    def meeting(self, first: int, last: int, length: int) -> list[int]:
+        """The queries of a group of `length` whose windows hold one of the keys first .. last."""
+        windows = [self.window(p, length) for p in range(length)]
+        return [p for p, (low, high) in enumerate(windows) if low <= last and first < high and first <= last]
+
+    def ranges(self, keys: int) -> list[int]:
+        """How many queries meet each key tile, over all groups; tiles of a group's longest sibling."""
+        return [
+            len(self.meeting(t, min(t + keys, length) - 1, length))
+            for length in self.groups()
+            for t in range(0, max(self.groups()), keys)
+        ]
+
 
 def axes_of(case: dict[str, Any]) -> list[OneAxis]:
     rank = len(case["grid"])
@@ -109,6 +122,32 @@ def walked(case: dict[str, Any], queries: tuple[int, ...], keys: tuple[int, ...]
     return pairs
 
 
+def walked_by_keys(case: dict[str, Any], queries: tuple[int, ...], keys: tuple[int, ...]) -> int:
+    """Pairs that the key-major kernel computes per head: each key tile against the queries that see some of it."""
+    per_axis = (sum(-(-n // q) for n in axis.ranges(k)) for axis, q, k in zip(axes_of(case), queries, keys))
+    return math.prod(per_axis) * math.prod(queries) * math.prod(keys)
+
+
+@pytest.mark.parametrize("causal, border", [(False, "shift"), (False, "mask"), (False, "zero"), (True, "shift")])
+def test_the_queries_of_a_range_of_keys_are_exactly_those_that_see_it(causal: bool, border: str) -> None:
+    """Every size up to 11, every window, stride, dilation and range of keys: none left out, none too many."""
+    for size, kernel, dilation in itertools.product(range(1, 12), range(1, 14), range(1, 4)):
+        for stride in range(1, kernel + 1):
+            axis = OneAxis(size, kernel, stride, dilation, causal, border)
+            for length in set(axis.groups()):
+                if border == "shift" and not causal and kernel > length:
+                    continue  # refused
+                for first, last in itertools.combinations_with_replacement(range(length), 2):
+                    low, high = planning._queries_of(
+                        first, last, length, (size, kernel, stride, dilation, causal, border)
+                    )
+                    assert list(range(low, high)) == axis.meeting(first, last, length), (axis, first, last)
+                assert planning._queries_of(length, length - 1, length, (size, kernel, stride, 1, causal, border)) == (
+                    0,
+                    0,
+                )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_those_of_the_windows(name: str) -> None:
     case = CASES[name]
@@ -125,6 +164,8 @@ def test_pairs_are_those_of_the_windows(name: str) -> None:
     for walk in (*plan.forward.triton, *plan.forward.others, plan.backward.triton[0]):
         assert walk.pairs == walked(case, walk.queries, walk.keys), walk
         assert walk.pairs == walk.steps * math.prod(walk.queries) * math.prod(walk.keys) >= plan.useful_pairs
+    walk = plan.backward.triton[1]
+    assert walk.kernel == "grad_key_value" and walk.pairs == walked_by_keys(case, walk.queries, walk.keys)
 
 
 @settings(max_examples=60, deadline=None)
@@ -145,6 +186,10 @@ def test_pairs_of_any_geometry(data: st.DataObject) -> None:
     assert plan.useful_pairs == math.prod(axis.seen() for axis in axes_of(case))
     for walk in (*plan.forward.triton, *plan.forward.others):
         assert walk.pairs == walked(case, walk.queries, walk.keys)
+    fill = (1,) * (3 - rank)
+    with table.forcing({"grad_key_value": table.Config((*fill, *tiles[:rank]), (*fill, *tiles[rank:]), 4, 1)}):
+        walk = plan_neighborhood_attention(**case).backward.triton[1]
+    assert walk.pairs == walked_by_keys(case, walk.queries, walk.keys)
     if case["border"] == "shift":
         options = {name: case[name] for name in ("kernel_size", "stride", "dilation", "is_causal")}
         assert generators.density(case["grid"], **options) == pytest.approx(plan.density, rel=1e-12)
@@ -285,6 +330,10 @@ def test_a_video_model() -> None:
     assert plan.density == pytest.approx(0.09) and plan.forward.ideal == pytest.approx(100 / 9)
     assert plan.forward.dense_flops == 4 * 115200**2 * 128 * 24
     assert plan.backward.useful_flops == 2.5 * plan.forward.useful_flops
+    walks = [*plan.forward.triton, *plan.backward.triton]
+    assert [walk.kernel for walk in walks] == ["forward", "grad_query", "grad_key_value"]
+    assert all(walk.pairs == plan.useful_pairs for walk in walks)  # windows, strides and tiles are aligned
+    assert plan.backward.bound == pytest.approx(plan.forward.bound * 5 / 7)  # the logits are formed in both kernels
     (walk,) = plan.forward.triton
     cfg = table.config("forward", 3, 128, 128, 2, False, "cuda")
     assert (walk.queries, walk.keys, walk.num_warps) == (cfg.queries, cfg.keys, cfg.num_warps)
@@ -292,6 +341,11 @@ def test_a_video_model() -> None:
     assert told["bound"] == "compute" and told["compute"] == pytest.approx(plan.forward.executed_flops / 989.4e9)
     assert plan.traffic.once < plan.traffic.walked
     assert json.loads(json.dumps(plan.to_dict()))["forward"]["bound"] == plan.forward.bound
+
+
+def test_an_image_model() -> None:
+    plan = plan_neighborhood_attention((256, 256), 80, 16, head_dim=128, heads=24)
+    assert plan.forward.bound == pytest.approx(10.24) and plan.backward.bound == pytest.approx(10.24 * 5 / 7)
 
 
 def test_head_dims_are_as_wide_as_the_kernel_computes_them() -> None:

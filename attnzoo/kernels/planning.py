@@ -233,15 +233,20 @@ def _query_major(axis: Axis, queries: int, keys: int) -> tuple[int, int]:
 def _queries_of(first: int, last: int, length: int, axis: Axis) -> tuple[int, int]:
     """The range of queries that the key-major kernel visits for the keys first .. last: `queries_of` of triton.py."""
     _, kernel_size, stride, _, is_causal, border = axis
+    if first > last:
+        return 0, 0
     if is_causal:
-        low, high = first, last + kernel_size
+        low, high = first, (last + kernel_size) // stride * stride
+        all_after = last + kernel_size >= length
     else:
-        low = first - (kernel_size - 1) // 2 - stride // 2
-        high = last + kernel_size // 2 - stride // 2 + stride
+        before, lead = kernel_size // 2, stride // 2
+        low = -(-max(first - (kernel_size - 1) // 2 - lead, 0) // stride) * stride
+        high = ((last + before - lead) // stride + 1) * stride
+        all_after = last + before + 1 >= length
         if border == "shift":
             low = 0 if first < kernel_size else low
-            high = length if last >= length - kernel_size else high
-    return max(low, 0), min(high, length)
+            all_after = last + kernel_size >= length
+    return low, length if all_after else min(high, length)
 
 
 @lru_cache(maxsize=1024)

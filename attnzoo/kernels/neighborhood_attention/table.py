@@ -104,6 +104,26 @@ def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int
     return _read(kernel, rank, bucket(head_dim, head_dim_v), itemsize, biased, maker)
 
 
+def calls() -> Iterator[tuple[int, int, int, bool, bool]]:
+    """(itemsize, head dim, rank, biased, backward) of calls that between them choose every configuration of the table.
+
+    Calls with a bias run every kernel. Those without one skip masks, so that their forward is another kernel; their
+    backward is the same with less in it, and is asked for only where one of its kernels is cut otherwise.
+    """
+    entries = (packaged() if _replaced is None else _replaced)["kernels"]["forward"]
+    for itemsize, dims, rank in ((int(i), int(d), rank) for i in entries for d in entries[i] for rank in (1, 2, 3)):
+        cut = {
+            biased: [
+                config(kernel, rank, dims, dims, itemsize, biased, maker)
+                for kernel in ("grad_query", "grad_key_value", "grad_extra")
+                for maker in ("cuda", "hip")
+            ]
+            for biased in (False, True)
+        }
+        yield itemsize, dims, rank, True, True
+        yield itemsize, dims, rank, False, cut[False] != cut[True]
+
+
 @functools.cache
 def _read(kernel: str, rank: int, dims: int, itemsize: int, biased: bool, maker: str) -> Config:
     table = packaged() if _replaced is None else _replaced

@@ -26,7 +26,7 @@ from attnzoo.kernels.dispatch import interpreting
 from attnzoo.kernels.launch import launch, vendor
 from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.table import Config, config
+from attnzoo.kernels.neighborhood_attention.table import Config, calls, config
 from attnzoo.kernels.triton_shared import (
     LN2,
     LOG2E,
@@ -72,21 +72,26 @@ def window(p, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr
 
 @triton.jit
 def queries_of(first, last, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr):
-    """The inverse of `window`: a range of query positions that holds all whose windows meet keys first .. last.
+    """The inverse of `window`: the queries whose windows meet keys first .. last, low and one past the high end.
 
-    The window's ends never decrease with the query's position, so that two bounds suffice; with a stride they may be
-    a few queries too wide, and the pairs are masked exactly in any case.
+    The windows' ends never decrease with the query's position, so that these queries are a range, and exactly the
+    range is given: no query of it sees none of the keys. Where windows are not causal both ends are those of stride
+    groups. Nothing (low >= high) where first > last.
     """
     if CAUSAL:
-        low = first
-        high = last + kernel
+        low = first  # a query sees no key after itself, whatever its group
+        high = (last + kernel) // stride * stride
+        all_after = last + kernel >= length  # the last group's leader is the last query
     else:
-        low = first - (kernel - 1) // 2 - stride // 2
-        high = last + kernel // 2 - stride // 2 + stride
+        lead = stride // 2
+        low = (tl.maximum(first - (kernel - 1) // 2 - lead, 0) + stride - 1) // stride * stride
+        high = ((last + kernel // 2 - lead) // stride + 1) * stride
+        all_after = last + kernel // 2 + 1 >= length
         if BORDER == "shift":  # queries near an end share the window that was moved inward
             low = tl.where(first < kernel, 0, low)
-            high = tl.where(last >= length - kernel, length, high)
-    return tl.maximum(low, 0), tl.minimum(high, length)
+            all_after = last + kernel >= length
+    high = tl.where(all_after, length, tl.minimum(high, length))
+    return low, tl.where(first <= last, high, low)
 
 
 @triton.jit
@@ -155,14 +160,22 @@ def query_axis(
     """One axis of a tile of queries that begins at position t of its group; i: place in the tile.
 
     Per query: position, first key, one past the last key, unclipped first key. Of the whole tile: length of the group,
-    first key and one past the last key (the ends never decrease with the position: two queries bound them all).
+    first key and one past the last key that any of its queries sees, and the same of the keys that all of them see
+    (the ends never decrease with the position: two queries bound them all).
     """
     length = tl.cdiv(size - group, dilation)
     p = t + i
     first, last, start = window(tl.minimum(p, length - 1), length, kernel, stride, CAUSAL, BORDER)
-    low, _last, _start = window(tl.minimum(t, length - 1), length, kernel, stride, CAUSAL, BORDER)
-    _first, high, _start = window(tl.minimum(t + TILE, length) - 1, length, kernel, stride, CAUSAL, BORDER)
-    return p, first, last, start, length, low, high
+    low, all_high, _start = window(tl.minimum(t, length - 1), length, kernel, stride, CAUSAL, BORDER)
+    all_low, high, _start = window(tl.minimum(t + TILE, length) - 1, length, kernel, stride, CAUSAL, BORDER)
+    return p, first, last, start, length, low, high, all_low, all_high
+
+
+@triton.jit
+def whole_tiles(low, all_low, all_high, TILE: tl.constexpr):
+    """Which of the tiles of keys from `low` on lie wholly in all_low .. all_high - 1: the first, one past the last."""
+    first = tl.cdiv(all_low - low, TILE)
+    return first, tl.maximum((all_high - low) // TILE, first)
 
 
 @triton.jit
@@ -178,7 +191,10 @@ def member(c0, c1, c2, length0, length1, length2, RANK: tl.constexpr):
 
 @triton.jit
 def visible(c0, c1, c2, first0, last0, first1, last1, first2, last2, RANK: tl.constexpr):
-    """Which keys (positions c, one orientation) lie in the windows of which queries (the other orientation)."""
+    """Which keys (positions c, one orientation) lie in the windows of which queries (the other orientation).
+
+    Also, with tiles of keys for c: which of them lie in the ranges of whole ones.
+    """
     seen = within(c2, first2, last2)
     if RANK >= 2:
         seen = seen & within(c1, first1, last1)
@@ -254,13 +270,13 @@ def na_forward(
     h = rest % heads
     h_kv = h // HEADS_PER_KV
     i0, i1, i2 = place(tl.arange(0, BM), TQ1, TQ2)
-    p0, first0, last0, start0, length0, low0, high0 = query_axis(
+    p0, first0, last0, start0, length0, low0, high0, all_low0, all_high0 = query_axis(
         t0, i0, g0, size0, kernel0, stride0, dilation0, CAUSAL0, BORDER, TQ0
     )
-    p1, first1, last1, start1, length1, low1, high1 = query_axis(
+    p1, first1, last1, start1, length1, low1, high1, all_low1, all_high1 = query_axis(
         t1, i1, g1, size1, kernel1, stride1, dilation1, CAUSAL1, BORDER, TQ1
     )
-    p2, first2, last2, start2, length2, low2, high2 = query_axis(
+    p2, first2, last2, start2, length2, low2, high2, all_low2, all_high2 = query_axis(
         t2, i2, g2, size2, kernel2, stride2, dilation2, CAUSAL2, BORDER, TQ2
     )
     valid = (p0 < length0) & (p1 < length1) & (p2 < length2)
@@ -268,6 +284,9 @@ def na_forward(
     count1 = tl.cdiv(high1 - low1, TK1)
     count2 = tl.cdiv(high2 - low2, TK2)
     tiles = tl.maximum(tl.cdiv(high0 - low0, TK0), 0) * tl.maximum(count1, 0) * tl.maximum(count2, 0)
+    whole0, end0 = whole_tiles(low0, all_low0, all_high0, TK0)
+    whole1, end1 = whole_tiles(low1, all_low1, all_high1, TK1)
+    whole2, end2 = whole_tiles(low2, all_low2, all_high2, TK2)
 
     x0 = g0 + p0 * dilation0
     x1 = g1 + p1 * dilation1
@@ -299,14 +318,16 @@ def na_forward(
         y2 = g2 + c2 * dilation2
         k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-        seen = visible(
-            c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
-            first2[:, None], last2[:, None], RANK,
-        )  # fmt: skip
-        if BIAS != "none":
-            index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
-            logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-        logits = tl.where(seen, logits, float("-inf"))
+        whole = visible(a0, a1, a2, whole0, end0, whole1, end1, whole2, end2, RANK)  # every query sees every key
+        if BIAS != "none" or not whole:
+            seen = visible(
+                c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None],
+                last1[:, None], first2[:, None], last2[:, None], RANK,
+            )  # fmt: skip
+            if BIAS != "none":
+                index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
+                logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
+            logits = tl.where(seen, logits, float("-inf"))
         v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
 
@@ -531,9 +552,15 @@ def backward(
 
 
 def _call_on_meta(
-    dtype: torch.dtype, grid: tuple[int, ...], kernel_size: tuple[int, ...], head_dim: int, bias: str, extra: int
+    dtype: torch.dtype,
+    grid: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    head_dim: int,
+    bias: str,
+    extra: int,
+    with_backward: bool = True,
 ) -> None:
-    """Forward and backward of one call on tensors without memory: its launches are what `aot` compiles."""
+    """Forward, and backward unless told not to, on tensors without memory: its launches are what `aot` compiles."""
     heads = 4
     query = torch.empty(2, *grid, heads, head_dim, dtype=dtype, device="meta")
     table = torch.empty(heads, *(2 * k - 1 for k in kernel_size), device="meta") if bias == "offset" else None
@@ -559,22 +586,27 @@ def _call_on_meta(
         dtype,
     )
     out, lse = forward(query, query, query, table, more, more, problem)
-    backward(out, lse, query, query, query, table, more, more, out, lse, problem)
+    if with_backward:
+        backward(out, lse, query, query, query, table, more, more, out, lse, problem)
 
 
 _SPILLS = dict.fromkeys(("na_grad_query", "na_grad_key_value", "na_grad_offset_bias", "na_grad_extra"), 64)
-_GRIDS = {2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
+_GRIDS = {1: ((1024,), (33,)), 2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
+_DTYPES = {2: torch.float16, 4: torch.float32}
 AOT = [
     Case(
-        f"{str(dtype)[6:]} d{head_dim} {rank}-D" + (f" {bias} bias" if bias != "none" else "") + " extra" * bool(extra),
-        functools.partial(_call_on_meta, dtype, *_GRIDS[rank], head_dim, bias, extra),
-        quick=(head_dim, bias, dtype) == (32, "offset", torch.float16),
+        f"{str(_DTYPES[itemsize])[6:]} d{head_dim} {rank}-D" + " offset bias" * biased + " extra",
+        functools.partial(
+            _call_on_meta,
+            _DTYPES[itemsize],
+            *_GRIDS[rank],
+            head_dim,
+            "offset" if biased else "none",
+            extra=16,
+            with_backward=with_backward,
+        ),
+        quick=(itemsize, head_dim, rank, biased) == (2, 32, 2, True),
         spills=_SPILLS,
     )
-    for dtype, head_dim, rank, bias, extra in (
-        (torch.float16, 32, 2, "offset", 16),
-        (torch.float16, 64, 3, "offset", 16),
-        (torch.float16, 128, 2, "offset", 16),
-        (torch.float32, 64, 2, "offset", 16),
-    )
+    for itemsize, head_dim, rank, biased, with_backward in calls()
 ]

@@ -47,6 +47,7 @@ from attnzoo.kernels.neighborhood_attention.triton import (
     three,
     tile_of_program,
     visible,
+    whole_tiles,
     window,
 )
 from attnzoo.kernels.triton_shared import LOG2E, load_rows, load_statistics, on_device, store_rows
@@ -79,13 +80,13 @@ def na_grad_query(
     h = rest % heads
     h_kv = h // HEADS_PER_KV
     i0, i1, i2 = place(tl.arange(0, BM), TQ1, TQ2)
-    p0, first0, last0, start0, length0, low0, high0 = query_axis(
+    p0, first0, last0, start0, length0, low0, high0, all_low0, all_high0 = query_axis(
         t0, i0, g0, size0, kernel0, stride0, dilation0, CAUSAL0, BORDER, TQ0
     )
-    p1, first1, last1, start1, length1, low1, high1 = query_axis(
+    p1, first1, last1, start1, length1, low1, high1, all_low1, all_high1 = query_axis(
         t1, i1, g1, size1, kernel1, stride1, dilation1, CAUSAL1, BORDER, TQ1
     )
-    p2, first2, last2, start2, length2, low2, high2 = query_axis(
+    p2, first2, last2, start2, length2, low2, high2, all_low2, all_high2 = query_axis(
         t2, i2, g2, size2, kernel2, stride2, dilation2, CAUSAL2, BORDER, TQ2
     )
     valid = (p0 < length0) & (p1 < length1) & (p2 < length2)
@@ -93,6 +94,9 @@ def na_grad_query(
     count1 = tl.cdiv(high1 - low1, TK1)
     count2 = tl.cdiv(high2 - low2, TK2)
     tiles = tl.maximum(tl.cdiv(high0 - low0, TK0), 0) * tl.maximum(count1, 0) * tl.maximum(count2, 0)
+    whole0, end0 = whole_tiles(low0, all_low0, all_high0, TK0)
+    whole1, end1 = whole_tiles(low1, all_low1, all_high1, TK1)
+    whole2, end2 = whole_tiles(low2, all_low2, all_high2, TK2)
 
     x0 = g0 + p0 * dilation0
     x1 = g1 + p1 * dilation1
@@ -135,14 +139,17 @@ def na_grad_query(
         k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-        seen = visible(
-            c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
-            first2[:, None], last2[:, None], RANK,
-        )  # fmt: skip
-        if BIAS != "none":
-            index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
-            logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-        p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[:, None])
+        whole = visible(a0, a1, a2, whole0, end0, whole1, end1, whole2, end2, RANK)
+        if BIAS != "none" or not whole:
+            seen = visible(
+                c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None],
+                last1[:, None], first2[:, None], last2[:, None], RANK,
+            )  # fmt: skip
+            if BIAS != "none":
+                index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
+                logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
+            logits = tl.where(seen, logits, float("-inf"))
+        p = tl.math.exp2(logits - lse2[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - d[:, None])
         if GRAD_BIAS:
             index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
@@ -300,13 +307,13 @@ def na_grad_offset_bias(
         b, g0, g1, g2, t0, t1, t2 = tile_of_program(
             tile, size0, size1, size2, dilation0, dilation1, dilation2, RANK, TQ0, TQ1, TQ2
         )
-        p0, first0, last0, start0, length0, low0, high0 = query_axis(
+        p0, first0, last0, start0, length0, low0, high0, _low0, _high0 = query_axis(
             t0, i0, g0, size0, kernel0, stride0, dilation0, CAUSAL0, BORDER, TQ0
         )
-        p1, first1, last1, start1, length1, low1, high1 = query_axis(
+        p1, first1, last1, start1, length1, low1, high1, _low1, _high1 = query_axis(
             t1, i1, g1, size1, kernel1, stride1, dilation1, CAUSAL1, BORDER, TQ1
         )
-        p2, first2, last2, start2, length2, low2, high2 = query_axis(
+        p2, first2, last2, start2, length2, low2, high2, _low2, _high2 = query_axis(
             t2, i2, g2, size2, kernel2, stride2, dilation2, CAUSAL2, BORDER, TQ2
         )
         f0 = t0 + origin0 + m0 * TK0

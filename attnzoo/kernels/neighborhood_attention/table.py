@@ -6,7 +6,8 @@ own. It may carry other numbers that win for some calls:
 
     "biased"   calls with a bias, whose indices take registers
     "hip"      AMD GPUs
-    "cuda"     {"1-D" | "2-D" | "3-D": a whole entry}: measured on an NVIDIA GPU, for calls without a bias
+    "cuda"     {"1-D" | "2-D" | "3-D": a whole entry}: NVIDIA GPUs, for calls without a bias:
+               measured there, or the first without a spill
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """The CPU path: tiles of queries against the box of keys around them, by batched matrix products, forward and backward.
 
-Per column of the last axis and group of batch entries or heads, keys and values are copied heads-first once (half types
-become float32 there: half-precision products are tens of times slower on most CPUs), then cut into tiles by whole rows.
-Memory beyond inputs and outputs is a few tiles' logits (_LOGITS elements at a time) and one column's keys, never tokens
-x tokens. The backward pass computes the logits again from lse, whatever back end made them; a gradient that several
-tiles share is summed in a fixed order. See `tiling.py` for the cut.
+Queries, keys and values are copied into tiles and boxes once (see `tiling.py` for the cut; half types become float32
+there: half-precision products are tens of times slower on most CPUs), some batch entries or heads at a time. Logits
+are made transposed, [keys, queries] per tile: the products then read rows as they lie, and reorder the few queries of
+a tile rather than its many keys. Memory beyond inputs and outputs is those copies and the logits of CHUNK pairs, never
+tokens x tokens.
 
-Where windows cut the grid into cells of tokens that attend among themselves (`tiling.cells`), no tile needs another's
-keys: batch entries, some at a time, are copied cell by cell.
+The softmax subtracts no maximum at first: where every row's denominator turns out to be within 2 ** +-_SAFE, the
+result is as exact without. Where one is not, the part is computed again with the maximum, and so is all that follows.
+The backward pass computes the logits again from lse, whatever back end made them; a gradient that several tiles share
+is summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,17 +19,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.kernels.neighborhood_attention import tiling
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.tiling import Cells, Column, Plan, cells, plan
+from attnzoo.kernels.neighborhood_attention.tiling import Box, Plan, plan
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
-_SAFE = 60.0
-_LOGITS = 1 << 18
-_COLUMN = 1 << 23
-_BIAS = 1 << 23
+_SAFE = 80.0
+_COPIES = 1 << 23  # elements of one tensor's copy
+_BIAS = 1 << 23  # elements of bias tables that a call keeps
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -37,21 +38,46 @@ def reasons(problem: Problem) -> list[str]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What one pass works on: batch entries, key/value heads, and chunks of row tiles."""
+    """Batch entries and key heads whose copies are made together."""
 
     batch: slice
     heads: slice
-    chunks: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many of each."""
+        return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
+
+    @property
+    def matrices(self) -> int:
+        """Batch entries times key heads."""
+        return math.prod(self.shape)
 
 
-class _Buffers:
-    """A problem, and memory for its intermediate results."""
+@dataclass(frozen=True)
+class _Chunk:
+    """What is worked on at a time: of one loop tile, the inner tiles `tiles` of the groups `groups`.
 
-    def __init__(self, problem: Problem) -> None:
+    It is all of them, or the unit is one batch entry and head. rows: the same as a slice of the unit's boxes.
+    """
+
+    number: int
+    groups: slice
+    tiles: slice
+    rows: slice
+
+
+class _Call:
+    """A problem with its plan, and memory for its intermediate results."""
+
+    def __init__(self, problem: Problem, tile: tuple[int, ...] | None = None) -> None:
         self.problem = problem
-        self.group = problem.num_heads // problem.num_heads_kv
+        self.plan: Plan = plan(problem, tile)
+        self.repeats = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
+        self.rows = self.plan.queries * self.repeats  # of a tile's logits, once per query head
         self._scratch: dict[str, Tensor] = {}
+        self._tables: dict[tuple[int, int, int], Tensor] = {}
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """A buffer of this call, the same memory at every request of one name: fresh pages cost as much as the sums."""
@@ -64,194 +90,209 @@ class _Buffers:
         """The batched matrix product in a scratch buffer."""
         return torch.bmm(left, right, out=self.scratch(name, *left.shape[:2], right.shape[2]))
 
-
-class _Call(_Buffers):
-    """A problem with its plan, and the tensors seen as [B, rows, columns, heads, ...]."""
-
-    def __init__(self, problem: Problem, tile: tuple[int, ...] | None = None) -> None:
-        super().__init__(problem)
-        self.plan: Plan = plan(problem, tile)
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A view of [B, *grid, heads, dim] as [B, *rows, columns, heads, dim], rows in the plan's order."""
-        if self.problem.rank == 1:
-            tensor = tensor.unsqueeze(2)
-        for axis in range(len(self.plan.rows), 0, -1):
-            shape = self.plan.rows[axis - 1].axis.row_shape(tensor.shape[axis])
-            if len(shape) == 2:
-                tensor = tensor.unflatten(axis, shape[::-1]).transpose(axis, axis + 1)
-        return tensor
-
-    def padded(self, tensor: Tensor) -> Tensor:
-        """A key or value with the zero keys of border "zero" around it: one copy there, itself elsewhere."""
-        if not any(self.plan.padding):
-            return tensor
-        padding = self.plan.padding[2:] if self.problem.rank == 1 else self.plan.padding
-        return F.pad(tensor, (0, 0, 0, 0, *padding))
-
-    def unpadded(self, tensor: Tensor) -> Tensor:
-        """The view of `padded`'s result that its argument was."""
-        for axis, size in enumerate(self.problem.grid):
-            before = self.plan.padding[2 * (len(self.plan.key_grid) - 1 - axis)]
-            tensor = tensor.narrow(1 + axis, before, size)
-        return tensor
+    # -- the passes over the grid
 
     def units(self) -> Iterator[_Unit]:
-        """The passes over the grid, within the limits on memory; each goes through all the columns."""
-        problem, cut = self.problem, self.plan
-        num_tiles, widest = len(cut.query), max(problem.head_dim, problem.head_dim_v)
-        pairs = max(column.num_queries * column.num_keys for column in cut.columns)
-        per_tile = self.group * cut.query.shape[1] * cut.key.shape[1] * pairs
-        per_head = math.prod(cut.key_grid[:-1]) * max(column.num_keys for column in cut.columns) * widest
-        heads = max(1, min(problem.num_heads_kv, _LOGITS // per_tile, _COLUMN // per_head))
-        tiles = max(1, min(num_tiles, _LOGITS // (per_tile * heads)))
-        chunks = tuple((first, min(first + tiles, num_tiles)) for first in range(0, num_tiles, tiles))
-        entries = 1
-        if heads == problem.num_heads_kv and tiles == num_tiles:
-            entries = max(1, min(_LOGITS // (per_tile * heads * tiles), _COLUMN // (per_head * heads)))
+        """The passes, within the limits on memory."""
+        cut, problem = self.plan, self.problem
+        boxes = cut.groups * cut.inner_tiles
+        copied = boxes * max(cut.span[1] * cut.inner_width, self.rows * len(cut.loop.first))
+        copied *= max(problem.head_dim, problem.head_dim_v)
+        most = min(self.chunk // (boxes * cut.most_keys * self.rows), _COPIES // copied)
+        heads = max(1, min(problem.num_heads_kv, most))
+        heads = -(-problem.num_heads_kv // -(-problem.num_heads_kv // heads))  # units of one size
+        entries = max(1, most // heads) if heads == problem.num_heads_kv else 1
         for entry in range(0, problem.batch, entries):
             for head in range(0, problem.num_heads_kv, heads):
-                yield _Unit(
-                    slice(entry, min(entry + entries, problem.batch)),
-                    slice(head, min(head + heads, problem.num_heads_kv)),
-                    chunks,
-                )
+                batch = slice(entry, min(entry + entries, problem.batch))
+                yield _Unit(batch, slice(head, min(head + heads, problem.num_heads_kv)))
 
-    def all_heads(self, unit: _Unit) -> slice:
-        """The query heads of a unit."""
-        return slice(unit.heads.start * self.group, unit.heads.stop * self.group)
+    @property
+    def chunk(self) -> int:
+        """Pairs that are worked on at a time; more where threads share them."""
+        return tiling.CHUNK * torch.get_num_threads()
 
-    def heads_first(
-        self, name: str, tensor: Tensor, unit: _Unit, columns: slice, heads: slice, scale: float = 1.0
-    ) -> Tensor:
-        """A column of [B, *rows, columns, heads, dim] as a contiguous [b, heads, rows, columns, dim], times scale."""
-        part = tensor[unit.batch, ..., columns, heads, :].movedim(-2, 1)
-        copy = self.scratch(name, *part.shape)
-        copy.copy_(part)
-        if scale != 1.0:
-            copy.mul_(scale)
-        return copy.flatten(2, -3)
+    def boxes(self, unit: _Unit) -> int:
+        """Boxes of a unit, as many as tiles per loop tile."""
+        return unit.matrices * self.plan.groups * self.plan.inner_tiles
 
-    def query_tiles(self, name: str, rows: Tensor, first: int, last: int) -> Tensor:
-        """[b, heads, rows, columns, dim] as [b, heads_kv, tiles, group, queries, dim], contiguous."""
-        cut, (batch, heads, _, columns, dim) = self.plan, rows.shape
-        per_tile = cut.query.shape[1]
-        if cut.in_order:
-            taken = rows.narrow(2, first * per_tile, (last - first) * per_tile)
-        else:
-            taken = self.scratch(name, batch, heads, (last - first) * per_tile, columns, dim)
-            torch.index_select(rows, 2, cut.query[first:last].flatten(), out=taken)
-        tiles = taken.reshape(batch, -1, self.group, last - first, per_tile * columns, dim)
-        return tiles.transpose(2, 3).contiguous()
-
-    def key_tiles(self, name: str, rows: Tensor, first: int, last: int) -> Tensor:
-        """[b, heads_kv, rows, columns, dim] as [b * heads_kv * tiles, keys, dim], contiguous."""
-        taken = rows
-        if not self.plan.keys_in_order or last - first < len(self.plan.key):
-            index = self.plan.key[first:last].flatten()
-            taken = self.scratch(name, *rows.shape[:2], len(index), *rows.shape[3:])
-            torch.index_select(rows, 2, index, out=taken)
-        return taken.view(-1, self.plan.key.shape[1] * rows.shape[3], rows.shape[4])
-
-    def put(
-        self,
-        name: str,
-        tiles: Tensor,
-        whole: Tensor,
-        unit: _Unit,
-        column: Column,
-        chunk: tuple[int, int],
-        add: bool = False,
-    ) -> None:
-        """Write (or add) tiles [b, heads_kv, tiles, group, queries, dim] into `whole` [B, *rows, columns, heads, dim].
-
-        Where the chunk's rows are not a slice of `whole`, the unit's chunks wait in a buffer for the last one.
-        """
+    def chunks(self, unit: _Unit) -> Iterator[_Chunk]:
+        """A unit in pieces whose logits may be held at once."""
         cut = self.plan
-        per_tile = cut.query.shape[1]
-        made = tiles.unflatten(4, (per_tile, column.num_queries)).permute(0, 2, 4, 5, 1, 3, 6).flatten(1, 2)
-        goal = whole[unit.batch, ..., column.queries, self.all_heads(unit), :].unflatten(-2, (-1, self.group))
-        row_shape = goal.shape[1:-4]
-        begin, end = chunk[0] * per_tile, chunk[1] * per_tile
-        if cut.in_order and len(row_shape) == 1:
-            goal = goal[:, begin:end]
-        elif not cut.in_order or made.shape[1] < cut.query.numel():
-            waiting = self.scratch(name, goal.shape[0], cut.query.numel(), *goal.shape[-4:])
-            waiting[:, begin:end].copy_(made)
-            if chunk[1] < len(cut.query):
-                return
-            made = waiting if cut.in_order else waiting.index_select(1, cut.inverse)
-        made = made.unflatten(1, goal.shape[1:-4])
-        if add:
-            goal.add_(made)
-        else:
-            goal.copy_(made)
+        groups, tiles = cut.groups, cut.inner_tiles
+        for number in range(len(cut.loop.first)):
+            held = max(1, self.chunk // (cut.keys(number)[1] * self.rows))
+            if unit.matrices > 1 or held >= groups * tiles:
+                yield _Chunk(number, slice(0, groups), slice(0, tiles), slice(0, unit.matrices * groups * tiles))
+                continue
+            at_once, part = max(1, held // tiles), min(held, tiles)
+            part = -(-tiles // -(-tiles // part))
+            for group in range(0, groups, at_once):
+                end = min(group + at_once, groups)
+                for tile in range(0, tiles, part):
+                    stop = min(tile + part, tiles)
+                    rows = slice(group * tiles + tile, (end - 1) * tiles + stop)
+                    yield _Chunk(number, slice(group, end), slice(tile, stop), rows)
 
-    def put_keys(self, goal: Tensor, left: Tensor, right: Tensor, chunk: tuple[int, int]) -> None:
-        """Add left @ right, a chunk's [b * heads_kv * tiles, keys, dim], to goal [b, heads_kv, rows, columns, dim].
+    # -- copies
 
-        Where the chunk is all rows in order, goal is overwritten.
+    def _view(self, tensor: Tensor, unit: _Unit, piece: tuple[Box, ...], queries: bool) -> Tensor:
+        """A piece of [B, *grid, heads, dim] in the order of the copies (module `tiling`), a strided view."""
+        batch, *axes, heads, last = tensor.stride()
+        if self.plan.own_loop:
+            axes.insert(0, 0)
+        repeats = self.repeats if queries else 1
+        shapes = [box.shape for box in piece]
+        entries, number = unit.shape
+        start = tensor.storage_offset() + unit.batch.start * batch + unit.heads.start * repeats * heads
+        start += sum(stride * box.first for stride, box in zip(axes, piece))
+        sizes = [entries, number, *(shape[0] for shape in shapes), *(shape[1] for shape in shapes[1:])]
+        strides = [batch, heads * repeats, *axes, *(stride * box.step for stride, box in zip(axes[1:], piece[1:]))]
+        if queries:
+            sizes, strides = [shapes[0][1], *sizes, repeats], [axes[0] * piece[0].step, *strides, heads]
+        sizes += [*(shape[2] for shape in shapes), tensor.shape[-1]]
+        strides += [*(stride * box.dilation for stride, box in zip(axes, piece)), last]
+        return tensor.as_strided(sizes, strides, start)
+
+    def _part(self, copy: Tensor, piece: tuple[Box, ...], queries: bool) -> Tensor:
+        """The same piece of a copy."""
+        everything = slice(None)
+        index = [everything, everything, *(box.groups for box in piece), *(box.tiles for box in piece[1:])]
+        if queries:
+            index = [piece[0].tiles, *index, everything]
+        return copy[(*index, *(box.places for box in piece))]
+
+    def _shape(self, unit: _Unit, queries: bool) -> list[int]:
+        """The shape of a copy, but for the last dimension."""
+        cut = self.plan
+        shape = [*unit.shape, *(t.axis.groups for t in cut.tiles), *(len(t.first) for t in cut.inner)]
+        if queries:
+            return [len(cut.loop.first), *shape, self.repeats, *(t.tile for t in cut.tiles)]
+        return [*shape, cut.span[1], *(t.widths[0] for t in cut.inner)]
+
+    def _copied(self, name: str, tensor: Tensor, unit: _Unit, queries: bool) -> Tensor:
+        shape = [*self._shape(unit, queries), tensor.shape[-1]]
+        pieces = self.plan.query_pieces if queries else self.plan.key_pieces
+        copy = self.scratch(name, *shape)
+        written = sum(math.prod(math.prod(box.shape) for box in piece) for piece in pieces)
+        if written * unit.matrices * tensor.shape[-1] * (self.repeats if queries else 1) < copy.numel():
+            copy.zero_()  # somewhere there is no token
+        for piece in pieces:
+            self._part(copy, piece, queries).copy_(self._view(tensor, unit, piece, queries))
+        return copy
+
+    def query_tiles(self, name: str, tensor: Tensor, unit: _Unit) -> Tensor:
+        """A copy of [B, *grid, heads, dim] as [loop tiles, boxes, queries, dim]."""
+        copy = self._copied(name, tensor, unit, True)
+        return copy.view(len(self.plan.loop.first), -1, self.rows, tensor.shape[-1])
+
+    def key_boxes(self, name: str, tensor: Tensor, unit: _Unit) -> Tensor:
+        """A copy of [B, *grid, heads_kv, dim] as [boxes, keys, dim]."""
+        cut = self.plan
+        return self._copied(name, tensor, unit, False).view(-1, cut.span[1] * cut.inner_width, tensor.shape[-1])
+
+    def whole_tiles(self, tiles: Tensor, unit: _Unit) -> Tensor:
+        """[loop tiles, boxes, queries, ...] with all the dimensions of a copy."""
+        return tiles.view(*self._shape(unit, True), tiles.shape[-1])
+
+    def put(self, made: Tensor, whole: Tensor, unit: _Unit, divisor: Tensor | None = None, scale: float = 1.0) -> None:
+        """Write query tiles, over a divisor or times a scale, into [B, *grid, heads, dim]."""
+        made = self.whole_tiles(made, unit)
+        divisor = None if divisor is None else self.whole_tiles(divisor, unit)
+        for piece in self.plan.query_pieces:
+            part, goal = self._part(made, piece, True), self._view(whole, unit, piece, True)
+            if divisor is not None:
+                torch.div(part, self._part(divisor, piece, True), out=goal)
+            elif scale != 1.0:
+                torch.mul(part, scale, out=goal)
+            else:
+                goal.copy_(part)
+
+    def put_keys(self, made: Tensor, whole: Tensor, unit: _Unit, scale: float = 1.0) -> None:
+        """Add key boxes, times a scale, to [B, *grid, heads_kv, dim] (written where each key is in one box)."""
+        made = made.view(*self._shape(unit, False), made.shape[-1])
+        for piece in self.plan.key_sums:
+            goal, part = self._view(whole, unit, piece, False), self._part(made, piece, False)
+            if self.plan.key_once:
+                torch.mul(part, scale, out=goal)
+            else:
+                goal.add_(part, alpha=scale)
+
+    # -- logits
+
+    def _groups(self, tensor: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
+        """A chunk's [boxes, a, b] as [matrices, groups, tiles, a, b]."""
+        groups = chunk.groups.stop - chunk.groups.start
+        return tensor.view(matrices, groups, chunk.tiles.stop - chunk.tiles.start, *tensor.shape[1:])
+
+    def _of_chunk(self, table: Tensor, chunk: _Chunk) -> Tensor:
+        """The part of a table [..., groups or 1, inner tiles, a, b] that a chunk needs."""
+        return table[..., chunk.groups if table.shape[-4] > 1 else slice(None), chunk.tiles, :, :]
+
+    def add_tables(
+        self, logits: Tensor, chunk: _Chunk, unit: _Unit, bias: Tensor | None, tiles: Tensor | None, scale: float
+    ) -> None:
+        """logits [boxes, keys, queries] times scale, plus the bias over log 2, -inf where a query doesn't see a key.
+
+        tiles: the query tiles of a bias by query, over log 2.
         """
-        if self.plan.keys_in_order and chunk[1] - chunk[0] == len(self.plan.key):
-            torch.bmm(left, right, out=goal.view(len(left), -1, goal.shape[-1]))
+        if tiles is not None:
+            self._add_query_bias(logits, chunk, unit, tiles, scale)
             return
-        made = self.product("key tiles' gradient", left, right)
-        goal.index_add_(
-            2, self.plan.key[chunk[0] : chunk[1]].flatten(), made.view(*goal.shape[:2], -1, *goal.shape[3:])
-        )
+        table = self.plan.mask(chunk.number, self.repeats) if bias is None else self._bias_table(bias, chunk, unit)
+        if table is None:
+            logits.mul_(scale)
+            return
+        table = self._of_chunk(table, chunk).flatten(-2)
+        whole = self._groups(logits, chunk, unit.matrices).unflatten(0, unit.shape).flatten(-2)
+        torch.add(table, whole, alpha=scale, out=whole)
 
+    def _bias_table(self, bias: Tensor, chunk: _Chunk, unit: _Unit) -> Tensor:
+        """The offset bias over log 2, [heads, groups or 1, tiles, keys, queries] of a loop tile, -inf where unseen."""
+        cut = self.plan
+        name = (cut.loop.kind[chunk.number], unit.heads.start)
+        if name in self._tables:
+            return self._tables[name]
+        heads = slice(unit.heads.start * self.repeats, unit.heads.stop * self.repeats)
+        taken = (bias.flatten(1)[heads].to(self.dtype) * _LOG2E)[:, None, cut.offset(chunk.number)]
+        taken = torch.where(cut.allowed(chunk.number), taken, -math.inf)  # [heads, groups or 1, kinds, keys, queries]
+        made = taken.unflatten(0, (-1, self.repeats)).movedim(1, -2).flatten(-2)
+        made = made.index_select(2, cut.joined_kinds()[1])
+        if sum(table.numel() for table in self._tables.values()) + made.numel() <= _BIAS:
+            self._tables[name] = made
+        return made
 
-def _bias_tiles(call: _Call, bias: Tensor, unit: _Unit, column: Column, first: int, last: int) -> Tensor:
-    """The bias of a chunk over log 2, [b or 1, heads_kv, tiles, group, queries, keys]."""
-    cut, heads = call.plan, call.all_heads(unit)
-    if call.problem.bias == "offset":
-        table = bias.flatten(1)[heads].to(call.dtype) * _LOG2E
-        taken = table[:, cut.offset(first, last, column)]
-        return taken.unflatten(0, (-1, call.group)).transpose(1, 2)[None]
-    of_batch = _Unit(unit.batch if bias.shape[0] > 1 else slice(0, 1), unit.heads, unit.chunks)
-    rows = call.heads_first("bias", call.rows(bias), of_batch, column.queries, heads, _LOG2E)
-    tiles = call.query_tiles("bias tiles", rows, first, last)
-    slot = cut.slot(first, last, column)[None, None, :, None]
-    return tiles.gather(-1, slot.expand(*tiles.shape[:2], -1, call.group, -1, -1))
+    def _index(self, table: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
+        """A table [groups or 1, inner tiles, a, queries] of a chunk, for each matrix and query head."""
+        part = self._of_chunk(table, chunk).repeat(1, 1, 1, self.repeats)
+        return part.expand(matrices, chunk.groups.stop - chunk.groups.start, *part.shape[1:])
 
+    def _add_query_bias(self, logits: Tensor, chunk: _Chunk, unit: _Unit, tiles: Tensor, scale: float) -> None:
+        at = tiles[chunk.number, chunk.rows].transpose(1, 2)  # one batch entry's where all share a bias
+        matrices = unit.matrices if tiles.shape[1] == self.boxes(unit) else unit.shape[1]
+        at = self._groups(at, chunk, matrices)
+        added = at.gather(-2, self._index(self.plan.slot(chunk.number), chunk, matrices))
+        mask = self.plan.mask(chunk.number, self.repeats)
+        if mask is not None:
+            added.masked_fill_(self._of_chunk(mask, chunk) < 0, -math.inf)
+        whole = logits.view(-1, *added.shape)
+        torch.add(added, whole, alpha=scale, out=whole)
 
-def _logits(
-    call: _Call, query: Tensor, keys: Tensor, added: Tensor | None, column: Column, first: int, last: int
-) -> Tensor:
-    """[b, heads_kv, tiles, group, queries, keys] over log 2; -inf where a query doesn't see a key.
+    def take_slots(self, grad: Tensor, goal: Tensor, chunk: _Chunk, unit: _Unit) -> None:
+        """The gradient of a chunk's logits [boxes, keys, queries] by window slot, into goal [boxes, queries, slots]."""
+        at, present = self.plan.place(chunk.number)
+        taken = self._groups(grad, chunk, unit.matrices).gather(-2, self._index(at, chunk, unit.matrices))
+        taken *= self._index(present, chunk, unit.matrices)
+        goal.copy_(taken.flatten(0, 2).transpose(1, 2))
 
-    query and added hold the scale and 1 / log 2.
-    """
-    logits = call.product("logits", query.flatten(3, 4).flatten(0, 2), keys.transpose(1, 2))
-    logits = logits.view(*query.shape[:-1], -1)
-    if added is not None:
-        logits += added
-    mask = call.plan.mask(first, last, column)
-    return logits if mask is None else logits.add_(mask[:, None])
-
-
-class _BiasCache:
-    """The bias of each chunk and kind of column, kept where it does not change from batch entry to batch entry."""
-
-    def __init__(self, call: _Call, bias: Tensor | None) -> None:
-        self.call, self.bias = call, bias
-        self.kept: dict[tuple[int, int, int], Tensor] = {}
-        self.size = 0
-
-    def get(self, unit: _Unit, column: Column, first: int, last: int) -> Tensor | None:
-        """The chunk's bias, or None where there is none."""
-        if self.bias is None:
-            return None
-        if self.call.problem.bias == "query":
-            return _bias_tiles(self.call, self.bias, unit, column, first, last)
-        name = (first, unit.heads.start, column.kind)
-        if name not in self.kept:
-            made = _bias_tiles(self.call, self.bias, unit, column, first, last)
-            if self.size + made.numel() > _BIAS:
-                return made
-            self.size += made.numel()
-            self.kept[name] = made
-        return self.kept[name]
+    def put_bias(self, made: Tensor, whole: Tensor, unit: _Unit) -> None:
+        """Add query tiles of slots to the gradient of a bias by query, [B or 1, *grid, heads, slots]."""
+        shared = whole.shape[0] == 1
+        made = self.whole_tiles(made, unit)
+        if shared:
+            made, unit = made.sum(1, keepdim=True), _Unit(slice(0, 1), unit.heads)
+        for piece in self.plan.query_pieces:
+            self._view(whole, unit, piece, True).add_(self._part(made, piece, True))
 
 
 def _additional(call: _Call, unit: _Unit, tensor: Tensor | None) -> Tensor | None:
@@ -261,162 +302,66 @@ def _additional(call: _Call, unit: _Unit, tensor: Tensor | None) -> Tensor | Non
     return tensor[unit.batch, :, unit.heads].transpose(1, 2).to(call.dtype).flatten(0, 1)
 
 
-def _by_head(tiles: Tensor) -> Tensor:
-    """[b, heads_kv, tiles, group, queries, x] as [b * heads_kv, all queries, x]."""
-    return tiles.flatten(2, 4).flatten(0, 1)
-
-
-def _bounded(call: _Buffers, query: Tensor, key: Tensor, bias: Tensor | None, additional_keys: Tensor | None) -> bool:
-    """Whether lengths alone show every logit to be within 2 ** +-_SAFE, so that the softmax needs no maximum."""
-    if query.numel() == 0 or call.problem.bias == "query":
-        return False
-
-    def longest(tensor: Tensor) -> float:
-        return float(torch.linalg.vector_norm(tensor, dim=-1, dtype=call.dtype).amax())
-
-    keys = longest(key)
-    if additional_keys is not None and additional_keys.numel():
-        keys = max(keys, longest(additional_keys))
-    bound = abs(call.problem.scale) * longest(query) * keys
-    if bias is not None:
-        bound += float(bias.masked_fill(bias == -math.inf, 0.0).abs().amax())
-    return bound * _LOG2E <= _SAFE
-
-
-def _highest(weights: Tensor, far: Tensor | None) -> Tensor:
-    """Each row's largest logit, 0 for a row without keys."""
-    highest = weights.amax(-1, keepdim=True)
-    if far is not None:
-        highest = torch.maximum(highest, far.amax(-1, keepdim=True))
-    return highest.masked_fill_(highest == -math.inf, 0.0)
-
-
-def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
-    """2 ** (logits - shift), in place."""
-    return (logits if shift is None else logits.sub_(shift)).exp2_()
-
-
-def _cells(problem: Problem) -> Cells | None:
-    """The cells, where `problem`'s windows are some and a cell's logits may be held at once."""
-    if problem.bias == "query" or problem.num_additional:
+def _bias_tiles(call: _Call, unit: _Unit, bias: Tensor | None) -> Tensor | None:
+    """The query tiles of a bias by query, over log 2; None for another bias."""
+    if bias is None or call.problem.bias != "query":
         return None
-    cut = cells(problem)
-    group = problem.num_heads // problem.num_heads_kv
-    return None if cut is None or group * cut.size**2 > _LOGITS else cut
+    shared = _Unit(slice(0, 1), unit.heads) if bias.shape[0] == 1 else unit
+    return call.query_tiles("bias", bias, shared).mul_(_LOG2E)
 
 
-class _CellCall(_Buffers):
-    """A problem whose windows are cells. A cell of one key/value head is one matrix product, its query heads stacked:
-    query [cells * heads_kv, group * tokens, head_dim], key [cells * heads_kv, tokens, head_dim].
+def _unit_forward(
+    call: _Call, unit: _Unit, shift: bool, tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor
+) -> bool:
+    """out and lse of a unit, with or without a maximum subtracted; without, False where it has to be.
+
+    Then out and lse are not written.
     """
-
-    def __init__(self, problem: Problem, cut: Cells) -> None:
-        super().__init__(problem)
-        self.cut = cut
-
-    def units(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Batch entries, query heads and key/value heads of each pass, within the limits on memory."""
-        problem = self.problem
-        per_head = problem.num_tokens * max(problem.head_dim, problem.head_dim_v) * self.group
-        pairs = self.group * self.cut.size**2
-        heads = max(1, min(problem.num_heads_kv, _LOGITS // pairs, _COLUMN // per_head))
-        entries = max(1, min(_LOGITS // (self.cut.count * pairs * heads), _COLUMN // (per_head * heads)))
-        for entry in range(0, problem.batch, entries):
-            for head in range(0, problem.num_heads_kv, heads):
-                last = min(head + heads, problem.num_heads_kv)
-                yield slice(entry, entry + entries), slice(head * self.group, last * self.group), slice(head, last)
-
-    def parts(self, size: int, heads_kv: slice) -> Iterator[slice]:
-        """A unit's `size` matrices by whole cells, as many as their logits may be held at once."""
-        heads = heads_kv.stop - heads_kv.start
-        held = max(1, _LOGITS // (self.group * self.cut.size**2 * heads)) * heads
-        return (slice(first, first + held) for first in range(0, size, held))
-
-    def copy(self, name: str, tensor: Tensor, batch: slice, heads: slice, stacked: int = 1) -> Tensor:
-        """Part of [B, *grid, heads, dim] as a contiguous [cells * heads / stacked, stacked * tokens, dim]."""
-        part = self.cut.view(tensor[batch, ..., heads, :])
-        # whole tokens first, then heads: a cell's far reads are then as few as its tokens
-        head_axis = -2 - self.problem.rank
-        whole = part.movedim(head_axis, -2)
-        tokens = self.scratch("tokens", *whole.shape).copy_(whole)
-        copy = self.scratch(name, *part.shape).copy_(tokens.movedim(-2, head_axis))
-        return copy.view(-1, stacked * self.cut.size, part.shape[-1])
-
-    def put(self, made: Tensor, whole: Tensor, batch: slice, heads: slice) -> None:
-        """Write what has `copy`'s shape into [B, *grid, heads, dim]."""
-        goal = self.cut.view(whole[batch, ..., heads, :])
-        goal.copy_(made.view(goal.shape))
-
-    def logits(self, query: Tensor, key: Tensor, table: Tensor | None, heads: slice) -> Tensor:
-        """[matrices, queries, keys] over log 2."""
-        logits = self.scratch("logits", len(query), query.shape[1], self.cut.size)
-        torch.baddbmm(logits, query, key.transpose(1, 2), beta=0, alpha=self.problem.scale * _LOG2E, out=logits)
-        if table is not None:
-            self.by_head(logits, heads).add_(table[heads])
-        return logits
-
-    def by_head(self, logits: Tensor, heads: slice) -> Tensor:
-        """Logits as [cells, heads, tokens, tokens]."""
-        return logits.view(-1, heads.stop - heads.start, self.cut.size, self.cut.size)
-
-    def table(self, bias: Tensor | None) -> Tensor | None:
-        """The bias over log 2, [heads, tokens, tokens], the same in every cell."""
-        return None if bias is None else bias.flatten(1).to(self.dtype)[:, self.cut.offset] * _LOG2E
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
-        """Fill out and lse."""
-        table, bounded = self.table(bias), _bounded(self, query, key, bias, None)
-        for batch, heads, heads_kv in self.units():
-            queries = self.copy("query", query, batch, heads, self.group)
-            keys, values = self.copy("key", key, batch, heads_kv), self.copy("value", value, batch, heads_kv)
-            made = self.scratch("out", *queries.shape[:2], values.shape[2])
-            statistics = self.scratch("lse", *queries.shape[:2], 1)
-            for part in self.parts(len(queries), heads_kv):
-                weights = self.logits(queries[part], keys[part], table, heads)
-                highest = None if bounded else _highest(weights, None)
-                weights = _powers(weights, highest)
-                total = weights.sum(-1, keepdim=True)
-                goal = torch.bmm(weights, values[part], out=made[part])
-                log_total = total.log2() if highest is None else total.log2().add_(highest)
-                torch.mul(log_total, _LN2, out=statistics[part])
-                # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
-                goal.div_(total if bias is None else total.masked_fill_(total == 0.0, 1.0))
-            self.put(made, out, batch, heads)
-            self.put(statistics, lse[..., None], batch, heads)
-
-    def backward(
-        self, grad_out: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
-        """What the function `backward` returns; statistics [B, *grid, heads, 2] are lse / log 2 and delta."""
-        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-        table, scale = self.table(bias), self.problem.scale
-        grad_table = None if table is None else torch.zeros_like(table)
-        for batch, heads, heads_kv in self.units():
-            queries = self.copy("query", query, batch, heads, self.group)
-            given = self.copy("grad", grad_out, batch, heads, self.group)
-            keys, values = self.copy("key", key, batch, heads_kv), self.copy("value", value, batch, heads_kv)
-            log_total, shift = self.copy("statistics", statistics, batch, heads, self.group).split(1, -1)
-            d_query, d_key, d_value = (
-                self.scratch(f"d_{name}", *t.shape) for name, t in zip("qkv", (queries, keys, values))
-            )
-            for part in self.parts(len(queries), heads_kv):
-                weights = self.logits(queries[part], keys[part], table, heads).sub_(log_total[part]).exp2_()
-                torch.bmm(weights.transpose(1, 2), given[part], out=d_value[part])
-                d_logits = self.product("d_logits", given[part], values[part].transpose(1, 2))
-                d_logits.sub_(shift[part]).mul_(weights)
-                if grad_table is not None:
-                    grad_table[heads] += self.by_head(d_logits, heads).sum(0)
-                for goal, left, right in ((d_query, d_logits, keys), (d_key, d_logits.transpose(1, 2), queries)):
-                    torch.baddbmm(goal[part], left, right[part], beta=0, alpha=scale, out=goal[part])
-            self.put(d_query, grads[0], batch, heads)
-            self.put(d_key, grads[1], batch, heads_kv)
-            self.put(d_value, grads[2], batch, heads_kv)
-        grad_bias = None
-        if bias is not None and grad_table is not None:
-            total = torch.zeros(bias.shape, dtype=self.dtype)
-            total.flatten(1).index_add_(1, self.cut.offset.flatten(), grad_table.flatten(1))
-            grad_bias = total.to(bias.dtype)
-        return grads[0], grads[1], grads[2], grad_bias, None, None
+    query, key, value, bias, additional_keys, additional_values = tensors
+    assert query is not None and key is not None and value is not None
+    scale = call.problem.scale * _LOG2E
+    queries, keys = call.query_tiles("query", query, unit), call.key_boxes("key", key, unit)
+    values, bias_tiles = call.key_boxes("value", value, unit), _bias_tiles(call, unit, bias)
+    far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
+    made = call.scratch("out", *queries.shape[:-1], value.shape[-1])
+    total = call.scratch("total", *queries.shape[:-1])
+    highest = call.scratch("highest", *queries.shape[:-1]) if shift else None
+    for chunk in call.chunks(unit):
+        first, count = call.plan.keys(chunk.number)
+        tiles = queries[chunk.number, chunk.rows]
+        logits = call.product("logits", keys[chunk.rows, first : first + count], tiles.transpose(1, 2))
+        call.add_tables(logits, chunk, unit, bias, bias_tiles, scale)
+        far = None
+        if far_key is not None:
+            far = call.product("far", far_key, tiles.reshape(unit.matrices, -1, tiles.shape[-1]).transpose(1, 2))
+            far = far.mul_(scale)
+        if highest is not None:
+            top = logits.amax(-2)
+            if far is not None:
+                top = torch.maximum(top, far.amax(-2).view_as(top))
+            top = top.masked_fill_(top == -math.inf, 0.0)
+            highest[chunk.number, chunk.rows] = top
+            logits.sub_(top[:, None])
+            if far is not None:
+                far.sub_(top.view(unit.matrices, 1, -1))
+        logits.exp2_()
+        goal, sums = made[chunk.number, chunk.rows], total[chunk.number, chunk.rows]
+        torch.sum(logits, -2, out=sums)
+        torch.bmm(logits.transpose(1, 2), values[chunk.rows, first : first + count], out=goal)
+        if far is not None and far_value is not None:
+            far.exp2_()
+            sums += far.sum(-2).view_as(sums)
+            goal += torch.bmm(far.transpose(1, 2), far_value).view_as(goal)
+    if highest is None:
+        least, most = (float(bound) for bound in total.aminmax())
+        if not (least >= 2.0**-_SAFE and most <= 2.0**_SAFE):
+            return False
+    # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
+    divisor = total if bias is None else total.masked_fill(total == 0.0, 1.0)
+    call.put(made, out, unit, divisor[..., None])
+    log_total = total.log2_() if highest is None else total.log2_().add_(highest)
+    call.put(log_total.mul_(_LN2)[..., None], lse[..., None], unit)
+    return True
 
 
 def forward(
@@ -432,43 +377,12 @@ def forward(
     """out [B, *grid, heads, head_dim_v] in the query's dtype and lse [B, *grid, heads] in the computation's."""
     out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
     lse = query.new_empty(query.shape[:-1], dtype=problem.compute_dtype)
-    cut = _cells(problem) if tile is None else None
-    if cut is not None:
-        _CellCall(problem, cut).forward(query, key, value, bias, out, lse)
-        return out, lse
-    call = _Call(problem, tile)
-    rows, keys, values = call.rows(query), call.rows(call.padded(key)), call.rows(call.padded(value))
-    out_rows, lse_rows = call.rows(out), call.rows(lse[..., None])
-    added, bounded = _BiasCache(call, bias), _bounded(call, query, key, bias, additional_keys)
+    call, shift = _Call(problem, tile), False
+    tensors = (query, key, value, bias, additional_keys, additional_values)
     for unit in call.units():
-        heads = call.all_heads(unit)
-        for column in call.plan.columns:
-            column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
-            column_key = call.heads_first("key", keys, unit, column.keys, unit.heads)
-            column_value = call.heads_first("value", values, unit, column.keys, unit.heads)
-            far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-            for first, last in unit.chunks:
-                tiles = call.query_tiles("query tiles", column_query, first, last)
-                tile_keys = call.key_tiles("key tiles", column_key, first, last)
-                weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
-                far = None
-                if far_key is not None:
-                    far = call.product("far", _by_head(tiles), far_key.transpose(1, 2)).view(*tiles.shape[:-1], -1)
-                highest = None if bounded else _highest(weights, far)
-                weights = _powers(weights, highest)
-                total = weights.sum(-1, keepdim=True)
-                tile_values = call.key_tiles("value tiles", column_value, first, last)
-                made = call.product("out tiles", weights.flatten(3, 4).flatten(0, 2), tile_values)
-                made = made.view(*tiles.shape[:-1], -1)
-                if far is not None and far_value is not None:
-                    far = _powers(far, highest)
-                    total += far.sum(-1, keepdim=True)
-                    made += torch.bmm(_by_head(far), far_value).view_as(made)
-                # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
-                log_total = total.log2() if highest is None else total.log2().add_(highest)
-                call.put("lse", log_total.mul_(_LN2), lse_rows, unit, column, (first, last))
-                made.div_(total if bias is None else total.masked_fill_(total == 0.0, 1.0))
-                call.put("out", made, out_rows, unit, column, (first, last))
+        shift = shift or not _unit_forward(call, unit, False, tensors, out, lse)
+        if shift:
+            _unit_forward(call, unit, True, tensors, out, lse)
     return out, lse
 
 
@@ -478,38 +392,31 @@ class _BiasGradient:
     def __init__(self, call: _Call, bias: Tensor) -> None:
         self.call, self.bias = call, bias
         self.total = torch.zeros(bias.shape, dtype=call.dtype)
-        self.sums: dict[tuple[int, int, int, int], tuple[_Unit, Column, Tensor]] = {}
+        self.sums: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
-    def add(self, grad: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
-        """grad: [b, heads_kv, tiles, group, queries, keys], zero for repeated queries."""
-        if self.call.problem.bias == "query":
-            self._by_query(grad, unit, column, first, last)
-            return
-        summed, name = grad.sum(0), (first, last, unit.heads.start, column.kind)
-        if name in self.sums:
-            self.sums[name][2].add_(summed)
-        else:
-            self.sums[name] = (unit, column, summed)
-        if sum(kept.numel() for _, _, kept in self.sums.values()) > _BIAS:
-            self.flush()
+    def add(self, grad: Tensor, unit: _Unit, chunk: _Chunk) -> None:
+        """grad: a chunk's [boxes, keys, queries]; the sums are [heads_kv, kinds, keys, repeats, queries]."""
+        cut = self.call.plan
+        name = (cut.loop.kind[chunk.number], unit.heads.start)
+        if name not in self.sums:
+            samples, _ = cut.joined_kinds()
+            shape = (unit.shape[1], len(samples), *grad.shape[1:])
+            if sum(kept.numel() for _, kept in self.sums.values()) + math.prod(shape) > _BIAS:
+                self.flush()
+            self.sums[name] = (chunk.number, torch.zeros(shape, dtype=grad.dtype))
+        whole = self.call._groups(grad, chunk, unit.matrices).unflatten(0, unit.shape)
+        kinds = cut.joined_kinds()[1][chunk.tiles]
+        self.sums[name][1].index_add_(1, kinds, whole.sum((0, 2)))
 
     def flush(self) -> None:
-        """Empty the sums into the table; the columns of one kind share its offsets."""
-        table = self.total.flatten(1)
-        for (first, last, _, _), (unit, column, summed) in self.sums.items():
-            index = self.call.plan.offset(first, last, column).flatten()
-            by_head = summed.transpose(1, 2).flatten(0, 1).flatten(1)
-            for head, weights in zip(range(*self.call.all_heads(unit).indices(table.shape[0])), by_head):
+        """Empty the sums into the table of offsets."""
+        table, call = self.total.flatten(1), self.call
+        for (_, first), (number, summed) in self.sums.items():
+            index = call.plan.offset(number).flatten()
+            by_head = summed.unflatten(-1, (call.repeats, -1)).movedim(-2, 1).flatten(0, 1).flatten(1)
+            for head, weights in enumerate(by_head, first * call.repeats):
                 table[head] += torch.bincount(index, weights.double(), table.shape[1]).to(table.dtype)
         self.sums.clear()
-
-    def _by_query(self, grad: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
-        call = self.call
-        place, present = (t[None, None, :, None] for t in call.plan.place(first, last, column))
-        taken = grad.gather(-1, place.expand(*grad.shape[:2], -1, call.group, -1, -1)) * present
-        if self.bias.shape[0] == 1:
-            taken, unit = taken.sum(0, keepdim=True), _Unit(slice(0, 1), unit.heads, unit.chunks)
-        call.put("grad_bias", taken, call.rows(self.total), unit, column, (first, last), add=True)
 
 
 def backward(
@@ -524,97 +431,105 @@ def backward(
     out: Tensor,
     lse: Tensor,
     problem: Problem,
+    needs: tuple[bool, ...] = (True,) * 6,
     tile: tuple[int, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of query, key, value, bias, additional_keys and additional_values.
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, bias, additional_keys and additional_values; None where not needed.
 
     With p = exp(logits - lse): dp = <grad_out, value>, dlogits = p * (dp - <grad_out, out> + grad_lse).
     """
-    dtype = problem.compute_dtype
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta -= grad_lse[..., None].to(dtype)
-    total = lse.to(dtype)[..., None] * _LOG2E
+    tensors = (query, key, value, bias, additional_keys, additional_values)
+    needs = tuple(needed and tensor is not None for needed, tensor in zip(needs, tensors))
+    dtype, call = problem.compute_dtype, _Call(problem, tile)
+    through_logits = needs[0] or needs[1] or needs[3] or needs[4]
+    scale = problem.scale * _LOG2E
+    total = lse[..., None] * _LOG2E
     if bias is not None:
         total = total.masked_fill(total == -math.inf, 0.0)
-    statistics = torch.cat([total, delta], -1)
-    cells_cut = _cells(problem) if tile is None else None
-    if cells_cut is not None:
-        return _CellCall(problem, cells_cut).backward(grad_out, statistics, query, key, value, bias)
-    call = _Call(problem, tile)
-    cut, statistics = call.plan, call.rows(statistics)
-    padded_key, padded_value = call.padded(key), call.padded(value)
-    rows, grads, keys, values = (call.rows(t) for t in (query, grad_out, padded_key, padded_value))
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_query_rows = call.rows(grad_query)
-    fresh = torch.empty if cut.disjoint else torch.zeros
-    grad_key, grad_value = (fresh(t.shape, dtype=dtype) for t in (padded_key, padded_value))
-    grad_keys, grad_values = call.rows(grad_key), call.rows(grad_value)
-    added = _BiasCache(call, bias)
-    grad_bias = None if bias is None else _BiasGradient(call, bias)
+    delta = None
+    if through_logits:
+        delta = torch.linalg.vecdot(grad_out.to(dtype), out.to(dtype))[..., None]
+        if grad_lse is not None:
+            delta -= grad_lse[..., None].to(dtype)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format) if needs[0] else None
+    fresh = torch.empty if call.plan.key_once else torch.zeros
+    grad_key, grad_value = (
+        fresh(t.shape, dtype=dtype) if needed else None for t, needed in ((key, needs[1]), (value, needs[2]))
+    )
+    grad_bias = _BiasGradient(call, bias) if needs[3] and bias is not None else None
     grad_far_key, grad_far_value = (
-        None if t is None else torch.zeros(t.shape, dtype=dtype) for t in (additional_keys, additional_values)
+        torch.zeros(t.shape, dtype=dtype) if needed and t is not None else None
+        for t, needed in ((additional_keys, needs[4]), (additional_values, needs[5]))
     )
     for unit in call.units():
-        heads = call.all_heads(unit)
-        for column in cut.columns:
-            column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
-            column_grad = call.heads_first("grad", grads, unit, column.queries, heads)
-            column_statistics = call.heads_first("statistics", statistics, unit, column.queries, heads)
-            column_key = call.heads_first("key", keys, unit, column.keys, unit.heads)
-            column_value = call.heads_first("value", values, unit, column.keys, unit.heads)
-            d_key = call.scratch("d_key", *column_key.shape).zero_()
-            d_value = call.scratch("d_value", *column_value.shape).zero_()
-            far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-            for first, last in unit.chunks:
-                tiles = call.query_tiles("query tiles", column_query, first, last)
-                grad = call.query_tiles("grad tiles", column_grad, first, last)
-                log_total, shift = call.query_tiles("statistic tiles", column_statistics, first, last).unbind(-1)
-                log_total, shift = log_total[..., None], shift[..., None]
-                if not cut.in_order:  # repeated queries have no gradient
-                    keep = cut.valid[first:last, None, :, None].expand(-1, -1, -1, column.num_queries).flatten(2)
-                    grad = grad.mul_(keep[..., None])
-                    shift = shift * keep[..., None]
-                tile_keys = call.key_tiles("key tiles", column_key, first, last)
-                tile_values = call.key_tiles("value tiles", column_value, first, last)
-                flat_query, flat_grad = (t.flatten(3, 4).flatten(0, 2) for t in (tiles, grad))
-                weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
-                weights.sub_(log_total).exp2_()
-                flat_weights = weights.flatten(3, 4).flatten(0, 2)
-                call.put_keys(d_value, flat_weights.transpose(1, 2), flat_grad, (first, last))
-                d_logits = call.product("d_logits", flat_grad, tile_values.transpose(1, 2)).view_as(weights)
+        queries, keys = call.query_tiles("query", query, unit), call.key_boxes("key", key, unit)
+        grads, log_totals = call.query_tiles("grad", grad_out, unit), call.query_tiles("lse", total, unit)
+        values = call.key_boxes("value", value, unit) if through_logits else None
+        deltas = None if delta is None else call.query_tiles("delta", delta, unit)
+        bias_tiles = _bias_tiles(call, unit, bias)
+        d_query = call.scratch("d_query", *queries.shape) if needs[0] else None
+        d_key = call.scratch("d_key", *keys.shape).zero_() if needs[1] else None
+        d_value = call.scratch("d_value", *keys.shape[:2], value.shape[-1]).zero_() if needs[2] else None
+        d_bias = None
+        if grad_bias is not None and bias_tiles is not None:
+            d_bias = call.scratch("d_bias", *queries.shape[:-1], bias_tiles.shape[-1])
+        far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
+        for chunk in call.chunks(unit):
+            at, rows = chunk.number, chunk.rows
+            first, count = call.plan.keys(at)
+            here = slice(first, first + count)
+            tiles, grad = queries[at, rows], grads[at, rows]
+            log_total = log_totals[at, rows].transpose(1, 2)
+            logits = call.product("logits", keys[rows, here], tiles.transpose(1, 2))
+            call.add_tables(logits, chunk, unit, bias, bias_tiles, scale)
+            weights = logits.sub_(log_total).exp2_()
+            if d_value is not None:
+                d_value[rows, here] += call.product("d_box", weights, grad)
+            d_logits = shift = None
+            if values is not None and deltas is not None:
+                shift = deltas[at, rows].transpose(1, 2)
+                d_logits = call.product("d_logits", values[rows, here], grad.transpose(1, 2))
                 d_logits.sub_(shift).mul_(weights)
-                if grad_bias is not None:
-                    grad_bias.add(d_logits, unit, column, first, last)
-                flat = d_logits.flatten(3, 4).flatten(0, 2)
-                d_query = call.product("d_query", flat, tile_keys).view_as(tiles)
-                call.put_keys(d_key, flat.transpose(1, 2), flat_query, (first, last))
-                if far_key is not None and far_value is not None:
-                    assert grad_far_key is not None and grad_far_value is not None
-                    far_query, far_grad = _by_head(tiles), _by_head(grad)
-                    far = call.product("far", far_query, far_key.transpose(1, 2)).sub_(_by_head(log_total)).exp2_()
-                    d_far_value = torch.bmm(far.transpose(1, 2), far_grad)
-                    d_far = call.product("d_far", far_grad, far_value.transpose(1, 2)).sub_(_by_head(shift)).mul_(far)
-                    d_query += torch.bmm(d_far, far_key).view_as(d_query)
-                    d_far_key = torch.bmm(d_far.transpose(1, 2), far_query).mul_(_LN2)
-                    for goal, part in ((grad_far_key, d_far_key), (grad_far_value, d_far_value)):
-                        shape = (unit.batch.stop - unit.batch.start, -1, *part.shape[1:])
-                        goal[unit.batch, :, unit.heads] += part.view(shape).transpose(1, 2)
-                call.put("grad_query", d_query.mul_(problem.scale), grad_query_rows, unit, column, (first, last))
-            for goal, part in ((grad_keys, d_key.mul_(_LN2)), (grad_values, d_value)):
-                goal = goal[unit.batch, ..., column.keys, unit.heads, :]
-                part = part.movedim(1, -2).unflatten(1, goal.shape[1:-3])
-                if cut.disjoint:
-                    goal.copy_(part)
-                else:
-                    goal.add_(part)
+                if grad_bias is not None and d_bias is None:
+                    grad_bias.add(d_logits, unit, chunk)
+                if d_bias is not None:
+                    call.take_slots(d_logits, d_bias[at, rows], chunk, unit)
+                if d_query is not None:
+                    torch.bmm(d_logits.transpose(1, 2), keys[rows, here], out=d_query[at, rows])
+                if d_key is not None:
+                    d_key[rows, here] += call.product("d_box", d_logits, tiles)
+            if far_key is not None and far_value is not None:
+                far_query, far_grad = (t.reshape(unit.matrices, -1, t.shape[-1]) for t in (tiles, grad))
+                far = call.product("far", far_key, far_query.transpose(1, 2)).mul_(scale)
+                far.sub_(log_total.reshape(unit.matrices, 1, -1)).exp2_()
+                if grad_far_value is not None:
+                    _add_far(grad_far_value, torch.bmm(far, far_grad), unit)
+                if shift is not None:
+                    d_far = call.product("d_far", far_value, far_grad.transpose(1, 2))
+                    d_far.sub_(shift.reshape(unit.matrices, 1, -1)).mul_(far)
+                    if d_query is not None:
+                        part = d_query[at, rows]
+                        part += torch.bmm(d_far.transpose(1, 2), far_key).view_as(part)
+                    if grad_far_key is not None:
+                        _add_far(grad_far_key, torch.bmm(d_far, far_query).mul_(problem.scale), unit)
+        if d_query is not None and grad_query is not None:
+            call.put(d_query, grad_query, unit, scale=problem.scale)
+        if d_key is not None and grad_key is not None:
+            call.put_keys(d_key, grad_key, unit, problem.scale)
+        if d_value is not None and grad_value is not None:
+            call.put_keys(d_value, grad_value, unit)
+        if d_bias is not None and grad_bias is not None:
+            call.put_bias(d_bias, grad_bias.total, unit)
     if grad_bias is not None:
         grad_bias.flush()
-    return (
-        grad_query,
-        call.unpadded(grad_key).to(key.dtype).contiguous(),
-        call.unpadded(grad_value).to(value.dtype).contiguous(),
-        None if grad_bias is None or bias is None else grad_bias.total.to(bias.dtype),
-        None if grad_far_key is None or additional_keys is None else grad_far_key.to(additional_keys.dtype),
-        None if grad_far_value is None or additional_values is None else grad_far_value.to(additional_values.dtype),
+    found = (grad_query, grad_key, grad_value, None if grad_bias is None else grad_bias.total)
+    found += (grad_far_key, grad_far_value)
+    return tuple(
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(found, tensors, strict=True)
     )
+
+
+def _add_far(whole: Tensor, part: Tensor, unit: _Unit) -> None:
+    """Add [b * heads_kv, n, dim] to [B, n, heads_kv, dim]."""
+    whole[unit.batch, :, unit.heads] += part.unflatten(0, unit.shape).transpose(1, 2)

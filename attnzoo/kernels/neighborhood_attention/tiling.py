@@ -1,21 +1,25 @@
 """How the CPU path cuts a grid: tiles of queries, each with the smallest box of keys that holds all its windows.
 
-The last axis is cut into columns: plain slices of the tensors, every column with its own width. The axes before it are
-cut into row tiles of one size: lists of row numbers (a row is one index over all leading axes), the last tile of a
-dilation group filled up by repeating its last query. Along a leading axis that its dilation divides, rows are numbered
-group by group (`Axis.row_shape`), so that a group's rows lie together in what is copied anyway. A tile never spans two
-dilation groups, so its box has no holes.
-For border "zero" the keys are padded once by kernel_size - 1 positions per dilation group and axis (`Plan.padding`),
-after which no window leaves the grid. A one-dimensional grid gets a last axis of size 1.
+Every axis is cut into dilation groups and a group into tiles of one length, so that a box has no holes. One axis, the
+loop axis, is worked through tile by tile: its keys are copied once, and the tile at hand reads a range of them. Along
+the other axes, the inner ones, the boxes overlap and are copied with the overlap. What is copied has the layout
 
-Some windows need no tiles: they cut the grid into cells whose tokens see exactly each other (`cells`). That is block
-attention (stride = kernel_size), grid attention, and DiNAT's widest dilation (kernel_size * dilation = size).
+    queries  [loop tiles, B, heads_kv, *groups, *inner tiles, heads per key head, *queries of a tile per axis, dim]
+    keys     [B, heads_kv, *groups, *inner tiles, keys of the loop axis, *keys of a box per inner axis, dim]
+
+so that all boxes of one loop tile are one batch of matrices with rows in a row: [B * heads_kv * groups * inner tiles,
+keys, dim]. Copies go piece by piece (`Piece`): rectangles whose coordinates advance evenly, which a strided view reads
+or writes. Places without a token (keys outside the grid, queries beyond a group's end) hold zeros; for border "zero"
+these are the zero keys that take softmax mass.
+
+Tiles whose queries see the same places of their box are of one kind (`AxisTiles.kind`), and share tables.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -24,11 +28,18 @@ from torch import Tensor
 
 from attnzoo.kernels.neighborhood_attention.problem import Problem, axis_windows
 
-# Measured on one AVX-512 core at head_dim 32, in multiples of the time one query-key pair takes (bmm, softmax, bmm;
-# about 3 ns): what a tile costs by being one, and what a key costs by being copied into a tile.
-_TILE_COST = 1700.0
-_KEY_COST = 10.0
-_SIZES = (1, 2, 3, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+# Fitted to times on one AVX-512 core, in nanoseconds: a product's part per query-key pair and head dim (queries are
+# multiplied _LANES at a time), the softmax's per pair, a key's or query's copies per element, a tile's two products and
+# a chunk's calls by being some.
+_PRODUCT_COST = 0.0125
+_SOFTMAX_COST = 0.35
+_COPY_COST = 0.25
+_TILE_COST = 250.0
+_CHUNK_COST = 20000.0
+_LANES = 16
+_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+CHUNK = 1 << 16  # query-key pairs that are worked on at a time
+_KEPT = 1 << 22  # elements of tables that a plan may keep
 
 
 @dataclass(frozen=True)
@@ -37,355 +48,352 @@ class Axis:
 
     size: int
     kernel_size: int
-    stride: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+    border: str = "shift"
+
+    @property
+    def groups(self) -> int:
+        """Dilation groups that have a member."""
+        return min(self.dilation, self.size)
+
+    def length(self, group: int) -> int:
+        """Members of a dilation group."""
+        return -(-(self.size - group) // self.dilation)
+
+
+@dataclass(frozen=True)
+class Box:
+    """Part of an axis's cut [groups, tiles, places] whose coordinates advance evenly.
+
+    The coordinate of (group, tile, place), counted from the box's first, is first + group + step * tile + dilation *
+    place.
+    """
+
+    groups: slice
+    tiles: slice
+    places: slice
+    first: int
+    step: int
     dilation: int
-    is_causal: bool
-    border: str
 
     @property
-    def before(self) -> int:
-        """Zero keys to put before each dilation group."""
-        return self.kernel_size // 2 if self.border == "zero" and not self.is_causal else 0
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, tiles and places."""
+        groups, tiles, places = (part.stop - part.start for part in (self.groups, self.tiles, self.places))
+        return groups, tiles, places
 
-    @property
-    def after(self) -> int:
-        """Zero keys to put after each dilation group."""
-        return (self.kernel_size - 1) // 2 if self.border == "zero" and not self.is_causal else 0
+    def coordinates(self) -> Iterator[int]:
+        """The coordinates of all its tokens."""
+        for group, tile, place in itertools.product(*map(range, self.shape)):
+            yield self.first + group + self.step * tile + self.dilation * place
 
-    @property
-    def key_size(self) -> int:
-        """Keys along the axis, the zero ones included."""
-        return self.size + self.dilation * (self.before + self.after)
 
-    def row_shape(self, size: int) -> tuple[int, ...]:
-        """The axis, `size` long, in the order of row numbers: (dilation, size // dilation) where that divides."""
-        regrouped = self.dilation > 1 and size % self.dilation == 0
-        return (self.dilation, size // self.dilation) if regrouped else (size,)
+def boxes(axis: Axis, first: list[int], width: int, disjoint: bool = False) -> tuple[Box, ...]:
+    """The tokens of an axis cut into `width` places from position first[tile] on, of every dilation group.
 
-    def row_number(self, coordinate: Tensor, size: int) -> Tensor:
-        """Where a coordinate stands in that order."""
-        if len(self.row_shape(size)) == 1:
-            return coordinate
-        return coordinate % self.dilation * (size // self.dilation) + coordinate // self.dilation
+    Without the places that lie outside the grid. disjoint: no coordinate stands twice in one box.
+    """
+    found = []
+    shorter = axis.size % axis.dilation if axis.size > axis.dilation else 0  # from this group on, a member fewer
+    for begin, end in ((0, shorter), (shorter, axis.groups)):
+        length, tile = axis.length(begin), 0
+        inside = [(max(0, -at), min(width, length - at)) for at in first]
+        while tile < len(first) and begin < end:
+            last = tile + 1
+            step = first[last] - first[tile] if last < len(first) else width
+            while last < len(first) and inside[last] == inside[tile] and first[last] - first[last - 1] == step:
+                last += 1
+            if disjoint and step == 0:
+                last = tile + 1
+            low, high = inside[tile]
+            length_of_piece = step if disjoint and last - tile > 1 else max(1, width)
+            for place in range(low, high, length_of_piece):
+                found.append(
+                    Box(
+                        slice(begin, end),
+                        slice(tile, last),
+                        slice(place, min(place + length_of_piece, high)),
+                        begin + axis.dilation * (first[tile] + place),
+                        axis.dilation * step,
+                        axis.dilation,
+                    )
+                )
+            tile = last
+    return tuple(found)
 
 
 @dataclass(frozen=True)
 class AxisTiles:
-    """Tiles of one axis: T queries and W keys each. Positions count from the first (padded) key of a dilation group."""
+    """Tiles of one axis: T queries and a box of keys each. Positions count within a dilation group.
+
+    Tables hold one group where all groups have the same.
+    """
 
     axis: Axis
-    query: Tensor  # [tiles, T] coordinates; a group's last tile repeats its last query
-    valid: Tensor  # [tiles, T] False for the repeats
-    key: Tensor  # [tiles, W] coordinates in the padded axis
-    first: Tensor  # [tiles] position of the box's first key
-    position: Tensor  # [tiles, T] the query's own position
-    start: Tensor  # [tiles, T] position of its window's slot 0
-    low: Tensor  # [tiles, T] first and
-    high: Tensor  # [tiles, T] last position that takes part
-    inverse: Tensor  # [size] where in the flattened `query` a coordinate stands
+    first: list[int]  # position of each box's first key
+    widths: list[int]  # keys of each box; on an inner axis all have as many as the widest
+    position: Tensor  # [tiles, T] of the queries
+    start: Tensor  # [groups, tiles, T] position of the window's slot 0; beyond a group's end its last query stands again
+    low: Tensor  # [groups, tiles, T] first and
+    high: Tensor  # [groups, tiles, T] last position that takes part
+    kind: list[int]  # tiles of one kind have equal tables
+    sample: list[int]  # a tile of each kind
 
-    def keys_of(self, tiles: Tensor) -> Tensor:
-        """[tiles, 1, W] key positions of the given tiles' boxes."""
-        return self.first[tiles, None, None] + torch.arange(self.key.shape[1])
+    @property
+    def tile(self) -> int:
+        """T, the queries of a tile."""
+        return self.position.shape[1]
 
-    def allowed(self, tiles: Tensor) -> Tensor:
-        """[tiles, T, W]: the query sees the key."""
-        keys = self.keys_of(tiles)
-        return (keys >= self.low[tiles, :, None]) & (keys <= self.high[tiles, :, None])
+    def _keys(self, tiles: list[int]) -> Tensor:
+        """[tiles, W, 1] key positions of the given tiles' boxes."""
+        begin = torch.tensor([self.first[tile] for tile in tiles])
+        return begin[:, None, None] + torch.arange(self.widths[tiles[0]])[:, None]
 
-    def offset(self, tiles: Tensor) -> Tensor:
-        """[tiles, T, W]: index into an offset bias along this axis, clamped where the key is not seen."""
-        last = 2 * self.axis.kernel_size - 2
-        return (self.keys_of(tiles) - self.position[tiles, :, None] + self.axis.kernel_size - 1).clamp_(0, last)
+    def allowed(self, tiles: list[int]) -> Tensor:
+        """[groups, tiles, W, T]: the query sees the key."""
+        keys = self._keys(tiles)
+        return (keys >= self.low[:, tiles, None]) & (keys <= self.high[:, tiles, None])
 
-    def slot(self, tiles: Tensor) -> Tensor:
-        """[tiles, T, W]: window slot of the key, clamped where it is not seen."""
-        return (self.keys_of(tiles) - self.start[tiles, :, None]).clamp_(0, self.axis.kernel_size - 1)
+    def offset(self, tiles: list[int]) -> Tensor:
+        """[1, tiles, W, T]: index into an offset bias along this axis, clamped where the key is not seen."""
+        relative = self._keys(tiles) - self.position[tiles, None] + self.axis.kernel_size - 1
+        return relative.clamp_(0, 2 * self.axis.kernel_size - 2)[None]
 
-    def place(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """[tiles, T, K]: where in the box each slot's key stands (clamped), and whether the slot takes part."""
-        slots = self.start[tiles, :, None] + torch.arange(self.axis.kernel_size)
-        present = (slots >= self.low[tiles, :, None]) & (slots <= self.high[tiles, :, None])
-        return (slots - self.first[tiles, None, None]).clamp_(0, self.key.shape[1] - 1), present
+    def slot(self, tiles: list[int]) -> Tensor:
+        """[groups, tiles, W, T]: window slot of the key, clamped where it is not seen."""
+        return (self._keys(tiles) - self.start[:, tiles, None]).clamp_(0, self.axis.kernel_size - 1)
+
+    def place(self, tiles: list[int]) -> Tensor:
+        """[groups, tiles, K, T]: where in the box each slot's key stands, clamped where the slot takes no part."""
+        slots = self.start[:, tiles, None] + torch.arange(self.axis.kernel_size)[:, None]
+        begin = torch.tensor([self.first[tile] for tile in tiles])[:, None, None]
+        return (slots - begin).clamp_(0, self.widths[tiles[0]] - 1)
+
+    def present(self, tiles: list[int]) -> Tensor:
+        """[groups, tiles, K, T]: the slot takes part."""
+        slots = self.start[:, tiles, None] + torch.arange(self.axis.kernel_size)[:, None]
+        return (slots >= self.low[:, tiles, None]) & (slots <= self.high[:, tiles, None])
 
 
 @lru_cache(maxsize=512)
-def axis_tiles(axis: Axis, tile: int) -> AxisTiles:
-    """The axis in tiles of `tile` queries (fewer where no dilation group has as many)."""
+def axis_tiles(axis: Axis, tile: int, inner: bool) -> AxisTiles:
+    """The axis in tiles of `tile` queries (fewer where no dilation group has as many), as an inner axis or the loop's."""
     windows = axis_windows(axis.size, axis.kernel_size, axis.stride, axis.dilation, axis.is_causal, axis.border)
-    coordinates: list[Tensor] = []
-    valid: list[Tensor] = []
-    lengths: list[Tensor] = []
-    tile = min(tile, -(-axis.size // axis.dilation))
-    for group in range(min(axis.dilation, axis.size)):
-        count = -(-(axis.size - group) // axis.dilation)
-        at = torch.arange(-(-count // tile) * tile)
-        coordinates.append(group + axis.dilation * at.clamp(max=count - 1))
-        valid.append(at < count)
-        lengths.append(torch.full((len(at) // tile,), count + axis.before + axis.after))
-    query, is_valid = torch.cat(coordinates).view(-1, tile), torch.cat(valid).view(-1, tile)
-    length = torch.cat(lengths)
-    low, high = windows.low[query] + axis.before, windows.high[query] + axis.before
-    width = int((high.amax(1) - low.amin(1)).amax()) + 1
-    first = torch.minimum(low.amin(1), (length - width).clamp(min=0))
-    key = torch.minimum(first[:, None] + torch.arange(width), length[:, None] - 1)
-    inverse = torch.empty(axis.size, dtype=torch.long)
-    inverse[query[is_valid]] = torch.arange(query.numel()).view_as(query)[is_valid]
-    return AxisTiles(
-        axis,
-        query,
-        is_valid,
-        windows.group[query[:, :1]] + axis.dilation * key,
-        first,
-        windows.position[query] + axis.before,
-        windows.start[query] + axis.before,
-        low,
-        high,
-        inverse,
-    )
+    longest = axis.length(0)
+    tile = min(tile, longest)
+    count = -(-longest // tile)
+    lengths = torch.tensor([axis.length(group) for group in range(axis.groups)])[:, None]
+    position = torch.arange(count * tile)
+    coordinate = torch.arange(axis.groups)[:, None] + axis.dilation * torch.minimum(position, lengths - 1)
+    tables = [table[coordinate].view(-1, count, tile) for table in (windows.start, windows.low, windows.high)]
+    lowest, highest = tables[1].amin((0, 2)), tables[2].amax((0, 2))
+    widths, first = highest - lowest + 1, lowest
+    if inner:  # at the end a box of full width moves inward, so that fewer of its places lie outside the grid
+        widest = widths.amax()
+        first = torch.minimum(lowest, torch.maximum(highest.amax() + 1 - widest, lowest.amin()))
+        widths = widest.expand(count)
+    if all(bool((table == table[:1]).all()) for table in tables):
+        tables = [table[:1] for table in tables]
+    position = position.view(count, tile)
+    relative = [(table - first[:, None]).transpose(0, 1).flatten(1) for table in (*tables, position[None])]
+    names: dict[tuple[int, ...], int] = {}
+    kind = []
+    for row in torch.cat([*relative, widths[:, None]], 1).tolist():
+        kind.append(names.setdefault(tuple(row), len(names)))
+    sample = [kind.index(number) for number in range(len(names))]
+    return AxisTiles(axis, first.tolist(), widths.tolist(), position, *tables, kind, sample)
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the last axis: slices of the tensors, and what the queries in it see of its keys."""
+def _cross(tables: list[Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """One table per axis, [groups, tiles, W, T] each, as one of the same four axes, every one the product of theirs.
 
-    queries: slice
-    keys: slice
-    num_queries: int
-    num_keys: int
-    kind: int  # columns of one kind have equal tables
-    allowed: Tensor  # [T, W]
-    offset: Tensor
-    slot: Tensor
-    place: Tensor  # [T, K]
-    present: Tensor
+    An axis whose table holds one group is joined with every group of the others.
+    """
+    joined = tables[0]
+    for table in tables[1:]:
+        left = joined[:, None, :, None, :, None, :, None]
+        made = join(left, table[None, :, None, :, None, :, None, :])
+        joined = made.flatten(6, 7).flatten(4, 5).flatten(2, 3).flatten(0, 1)
+    return joined
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid cut into columns and row tiles; see the module's text."""
+    """A grid cut into tiles; see the module's text. The loop axis comes first; it may be one of size 1 of its own."""
 
-    rows: tuple[AxisTiles, ...]
-    columns: tuple[Column, ...]
-    query: Tensor  # [row tiles, rows] row numbers
-    valid: Tensor
-    key: Tensor  # [row tiles, key rows] row numbers in the padded grid
-    inverse: Tensor  # [grid rows]
-    in_order: bool  # row tiles follow each other without repeats
-    keys_in_order: bool  # row tiles' keys do too, without overlap
-    disjoint: bool  # every key of the last axis is in exactly one column
-    padding: tuple[int, ...]  # zero keys before and after each axis, as torch.nn.functional.pad counts, last axis first
-    key_grid: tuple[int, ...]
-    masks: dict[tuple[int, int, int], Tensor | None] = field(default_factory=dict)
+    loop: AxisTiles
+    inner: tuple[AxisTiles, ...]
+    own_loop: bool  # the grid has no axis for the loop
+    span: tuple[int, int]  # first position of the loop axis's keys, and how many are copied
+    query_pieces: tuple[tuple[Box, ...], ...]
+    key_pieces: tuple[tuple[Box, ...], ...]
+    key_sums: tuple[tuple[Box, ...], ...]  # the same places, in pieces that hold no key twice
+    key_once: bool  # every key is copied to exactly one place
+    _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
-    def _split(self, first: int, last: int) -> list[Tensor]:
-        """The given row tiles' numbers along each leading axis."""
-        return list(torch.unravel_index(torch.arange(first, last), [len(axis.first) for axis in self.rows]))
+    @property
+    def tiles(self) -> tuple[AxisTiles, ...]:
+        """All axes, the loop first."""
+        return (self.loop, *self.inner)
 
-    def _cross(self, tables: list[Tensor], scales: list[int]) -> Tensor:
-        """Tables [tiles, a, b] of the leading axes as one [tiles, prod(a), prod(b)], mixed-radix in `scales`."""
-        joined = tables[0]
-        for table, scale in zip(tables[1:], scales[1:]):
-            grown = joined[:, :, None, :, None] * scale + table[:, None, :, None, :]
-            joined = grown.flatten(3, 4).flatten(1, 2)
+    @property
+    def groups(self) -> int:
+        """Dilation groups of all axes."""
+        return math.prod(tiles.axis.groups for tiles in self.tiles)
+
+    @property
+    def inner_tiles(self) -> int:
+        """Inner tiles of one group."""
+        return math.prod(len(tiles.first) for tiles in self.inner)
+
+    @property
+    def inner_width(self) -> int:
+        """Keys of a box per key of the loop axis."""
+        return math.prod(tiles.widths[0] for tiles in self.inner)
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile."""
+        return math.prod(tiles.tile for tiles in self.tiles)
+
+    def keys(self, number: int) -> tuple[int, int]:
+        """Of a loop tile: the first of its keys among those that are copied, and their number."""
+        width = self.inner_width
+        return (self.loop.first[number] - self.span[0]) * width, self.loop.widths[number] * width
+
+    @property
+    def most_keys(self) -> int:
+        """Keys of the widest loop tile's boxes."""
+        return max(self.loop.widths) * self.inner_width
+
+    def joined_kinds(self) -> tuple[list[tuple[int, ...]], Tensor]:
+        """A sample of each kind of inner tile (a tile number per inner axis), and the kind of every inner tile."""
+        samples = list(itertools.product(*(tiles.sample for tiles in self.inner)))
+        kinds = torch.zeros(1, dtype=torch.long)
+        for tiles in self.inner:
+            kinds = (kinds[:, None] * len(tiles.sample) + torch.tensor(tiles.kind)).flatten()
+        return samples, kinds
+
+    def _tables(self, what: str, number: int) -> list[Tensor]:
+        """Of one loop tile and every kind of inner tile, the table `what` of each axis."""
+        tables = [getattr(self.loop, what)([number])]
+        return [*tables, *(getattr(tiles, what)(tiles.sample) for tiles in self.inner)]
+
+    def _index(self, what: str, number: int, radix: Callable[[AxisTiles], int]) -> Tensor:
+        """Index tables of all axes as one, row-major in the axes' `radix`."""
+        joined, *others = self._tables(what, number)
+        for table, tiles in zip(others, self.inner):
+            base = radix(tiles)
+            joined = _cross([joined, table], lambda a, b, base=base: a * base + b)  # type: ignore[misc]
         return joined
 
-    def _full(self, rows: Tensor, column: Tensor, scale: int) -> Tensor:
-        """Rows' table [tiles, a, b] and a column's [c, d] as [tiles, a * c, b * d]."""
-        return (rows[:, :, None, :, None] * scale + column[None, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+    def spread(self, table: Tensor) -> Tensor:
+        """A table [groups, kinds, ...] for every inner tile."""
+        return table.index_select(1, self.joined_kinds()[1])
 
-    def allowed(self, first: int, last: int, column: Column) -> Tensor:
-        """[tiles, queries, keys] of the row tiles first .. last - 1 in one column: the query sees the key."""
-        tables = [axis.allowed(tiles).long() for axis, tiles in zip(self.rows, self._split(first, last))]
-        rows = tables[0]
-        for table in tables[1:]:
-            rows = (rows[:, :, None, :, None] & table[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        return (rows.bool()[:, :, None, :, None] & column.allowed[None, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+    def allowed(self, number: int) -> Tensor:
+        """[groups or 1, kinds, keys, queries] of a loop tile: the query sees the key."""
+        return _cross(self._tables("allowed", number), torch.logical_and)
 
-    def mask(self, first: int, last: int, column: Column) -> Tensor | None:
-        """0 where `allowed`, -inf elsewhere, float32; None where all is allowed. Small ones are kept."""
-        name = (first, last, column.kind)
-        if name in self.masks:
-            return self.masks[name]
-        allowed = self.allowed(first, last, column)
-        mask = None if bool(allowed.all()) else torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
-        if sum(m.numel() for m in list(self.masks.values()) if m is not None) + allowed.numel() <= 1 << 22:
-            self.masks[name] = mask
-        return mask
+    def mask(self, number: int, repeats: int) -> Tensor | None:
+        """[groups or 1, inner tiles, keys, repeats * queries]: 0 where allowed, -inf elsewhere; None: all is allowed."""
+        name = (self.loop.kind[number], repeats)
+        if name in self._masks:
+            return self._masks[name]
+        allowed, made = self.allowed(number), None
+        if not bool(allowed.all()):
+            table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
+            made = self.spread(table.repeat(1, 1, 1, repeats))
+        held = sum(mask.numel() for mask in self._masks.values() if mask is not None)
+        if made is None or held + made.numel() <= _KEPT:
+            self._masks[name] = made
+        return made
 
-    def offset(self, first: int, last: int, column: Column) -> Tensor:
-        """[tiles, queries, keys]: linear index into an offset bias."""
-        tables = [axis.offset(tiles) for axis, tiles in zip(self.rows, self._split(first, last))]
-        rows = self._cross(tables, [2 * axis.axis.kernel_size - 1 for axis in self.rows])
-        return self._full(rows, column.offset, 2 * column.place.shape[1] - 1)
+    def offset(self, number: int) -> Tensor:
+        """[kinds, keys, queries]: linear index into an offset bias."""
+        return self._index("offset", number, lambda tiles: 2 * tiles.axis.kernel_size - 1)[0]
 
-    def slot(self, first: int, last: int, column: Column) -> Tensor:
-        """[tiles, queries, keys]: the window slot."""
-        tables = [axis.slot(tiles) for axis, tiles in zip(self.rows, self._split(first, last))]
-        rows = self._cross(tables, [axis.axis.kernel_size for axis in self.rows])
-        return self._full(rows, column.slot, column.place.shape[1])
+    def slot(self, number: int) -> Tensor:
+        """[groups or 1, inner tiles, keys, queries]: the window slot."""
+        return self.spread(self._index("slot", number, lambda tiles: tiles.axis.kernel_size))
 
-    def place(self, first: int, last: int, column: Column) -> tuple[Tensor, Tensor]:
-        """[tiles, queries, slots]: where among the tile's keys each slot's key stands, and whether it takes part."""
-        found = [axis.place(tiles) for axis, tiles in zip(self.rows, self._split(first, last))]
-        at = self._cross([place for place, _ in found], [axis.key.shape[1] for axis in self.rows])
-        rows = found[0][1].long()
-        for _, table in found[1:]:
-            rows = (rows[:, :, None, :, None] * table.long()[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        present = (
-            (rows[:, :, None, :, None] * column.present.long()[None, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        )
-        return self._full(at, column.place, column.num_keys), present.bool()
+    def place(self, number: int) -> tuple[Tensor, Tensor]:
+        """[groups or 1, inner tiles, slots, queries]: where in the box each slot's key stands, and if it takes part."""
+        at = self._index("place", number, lambda tiles: tiles.widths[0])
+        present = _cross(self._tables("present", number), torch.logical_and)
+        return self.spread(at), self.spread(present)
 
 
-def _columns(tiles: AxisTiles) -> tuple[Column, ...]:
-    """The tiles of the last axis as slices without repeats."""
-    kinds: dict[tuple, int] = {}
-    columns, step = [], tiles.axis.dilation
-    for number in range(len(tiles.first)):
-        index = torch.tensor([number])
-        count = int(tiles.valid[number].sum())
-        low, high = int(tiles.low[number, :count].amin()), int(tiles.high[number, :count].amax())
-        begin = low - int(tiles.first[number])
-        keys = slice(begin, begin + high - low + 1)
-        allowed, offset, slot = (
-            t[0, :count, keys].contiguous() for t in (tiles.allowed(index), tiles.offset(index), tiles.slot(index))
-        )
-        place, present = (t[0, :count] for t in tiles.place(index))
-        place = (place - begin).clamp(0, high - low)
-        name = (
-            count,
-            high - low,
-            *(bytes(t.byte().numpy()) for t in (allowed, present)),
-            tuple(offset.flatten().tolist()),
-        )
-        query, key = tiles.query[number, :count], tiles.key[number, keys]
-        columns.append(
-            Column(
-                slice(int(query[0]), int(query[-1]) + 1, step),
-                slice(int(key[0]), int(key[-1]) + 1, step),
-                count,
-                high - low + 1,
-                kinds.setdefault(name, len(kinds)),
-                allowed,
-                offset,
-                slot,
-                place.contiguous(),
-                present.contiguous(),
-            )
-        )
-    return tuple(columns)
+@lru_cache(maxsize=512)
+def _tile_shape(axes: tuple[Axis, ...], matrices: int, repeats: int, head_dim: int) -> tuple[float, tuple[int, ...]]:
+    """The tile that the cost model likes best, and its cost; the loop axis is the first.
 
-
-def _tile_shape(axes: tuple[Axis, ...], head_dim: int) -> tuple[int, ...]:
-    """The tile that the cost model likes best."""
-    weight = head_dim / 32
-
-    def options(axis: Axis) -> list[tuple[int, int, int]]:
-        longest = -(-axis.size // axis.dilation)
-        found = []
+    matrices: batch entries times key heads; repeats: query heads of a key head.
+    """
+    choices = []
+    for number, axis in enumerate(axes):
+        longest, found = axis.length(0), []
         for size in sorted({min(size, longest) for size in _SIZES}):
-            tiles = axis_tiles(axis, size)
-            found.append((size, *tiles.key.shape))
-        return found
-
+            tiles = axis_tiles(axis, size, number > 0)
+            keys = sum(tiles.widths)
+            found.append((tiles.tile, len(tiles.first), keys, keys if number else longest, axis.groups))
+        choices.append(found)
     best, shape = math.inf, (1,) * len(axes)
-    for choice in itertools.product(*(options(axis) for axis in axes)):
-        queries, tiles, keys = (math.prod(part) for part in zip(*choice))
-        cost = tiles * (_TILE_COST + queries * keys * (0.3 + 0.7 * weight) + _KEY_COST * weight * keys)
+    for choice in itertools.product(*choices):
+        queries, tiles, keys, copied, groups = (math.prod(part) for part in zip(*choice))if False else (
+            math.prod(part) for part in zip(*choice)
+        )
+        rows, boxes_at_once = queries * repeats, matrices * groups
+        lanes = -(-rows // _LANES) * _LANES
+        pairs = keys * rows
+        cost = keys * head_dim * _PRODUCT_COST * (lanes + rows) + _SOFTMAX_COST * pairs + _TILE_COST * tiles
+        cost += 2 * _COPY_COST * head_dim * (copied + rows * tiles)
+        calls = max(choice[0][1], pairs * boxes_at_once / CHUNK)
+        cost = cost * boxes_at_once + _CHUNK_COST * calls
         if cost < best:
             best, shape = cost, tuple(part[0] for part in choice)
-    return shape
+    return best, shape
 
 
 @lru_cache(maxsize=128)
-def _plan(axes: tuple[Axis, ...], head_dim: int, tile: tuple[int, ...] | None) -> Plan:
-    shape = tile or _tile_shape(axes, head_dim)
-    rows = tuple(axis_tiles(axis, size) for axis, size in zip(axes[:-1], shape))
-    query = key = inverse = torch.zeros(1, 1, dtype=torch.long)
-    valid = torch.ones(1, 1, dtype=torch.bool)
-    for tiles in rows:
-        axis, (count, per_tile), each = tiles.axis, tiles.query.shape, query.shape[1]
-        own = torch.empty_like(tiles.inverse)
-        own[axis.row_number(torch.arange(axis.size), axis.size)] = tiles.inverse
-        inverse = inverse.view(-1, 1)
-        tile_number = inverse // each * count + own // per_tile
-        inverse = (tile_number * each + inverse % each) * per_tile + own % per_tile
-        query_row, key_row = axis.row_number(tiles.query, axis.size), axis.row_number(tiles.key, axis.key_size)
-        query = (query[:, None, :, None] * axis.size + query_row[None, :, None]).flatten(2).flatten(0, 1)
-        valid = (valid[:, None, :, None] & tiles.valid[None, :, None]).flatten(2).flatten(0, 1)
-        key = (key[:, None, :, None] * axis.key_size + key_row[None, :, None]).flatten(2).flatten(0, 1)
-    lead = [axis.key_size for axis in axes[:-1]]
-    padding = tuple(
-        amount for axis in reversed(axes) for amount in (axis.dilation * axis.before, axis.dilation * axis.after)
+def _plan(axes: tuple[Axis, ...], own_loop: bool, shape: tuple[int, ...]) -> Plan:
+    loop, *inner = (axis_tiles(axis, size, number > 0) for number, (axis, size) in enumerate(zip(axes, shape)))
+    begin = min(loop.first)
+    span = (begin, max(first + width for first, width in zip(loop.first, loop.widths)) - begin)
+    key_cuts = [(loop.axis, [begin], span[1]), *((tiles.axis, tiles.first, tiles.widths[0]) for tiles in inner)]
+    query_cuts = [(t.axis, list(range(0, t.position.numel(), t.tile)), t.tile) for t in (loop, *inner)]
+    key_sums = [boxes(*cut, disjoint=True) for cut in key_cuts]
+    once = all(
+        sorted(at for box in found for at in box.coordinates()) == list(range(cut[0].size))
+        for found, cut in zip(key_sums, key_cuts)
     )
-    columns = _columns(axis_tiles(axes[-1], shape[-1]))
-    seen = sorted(at for column in columns for at in range(*column.keys.indices(axes[-1].key_size)))
     return Plan(
-        rows,
-        columns,
-        query,
-        valid,
-        key,
-        inverse.flatten(),
-        query.numel() == inverse.numel() and bool((query.flatten() == torch.arange(query.numel())).all()),
-        bool((key.flatten() == torch.arange(key.numel())).all()) and int(key[-1, -1]) == math.prod(lead) - 1,
-        seen == list(range(axes[-1].key_size)),
-        padding,
-        tuple(axis.key_size for axis in axes),
+        loop,
+        tuple(inner),
+        own_loop,
+        span,
+        tuple(itertools.product(*(boxes(*cut) for cut in query_cuts))),
+        tuple(itertools.product(*(boxes(*cut) for cut in key_cuts))),
+        tuple(itertools.product(*key_sums)),
+        once,
     )
 
 
 def plan(problem: Problem, tile: tuple[int, ...] | None = None) -> Plan:
-    """The cut for `problem`; `tile` (queries per axis) overrides the cost model."""
-    axes = [
+    """The cut for `problem`; `tile` (queries per axis) overrides the cost model, the loop is then the first axis."""
+    axes = tuple(
         Axis(size, kernel_size, stride, dilation, is_causal, problem.border)
         for size, kernel_size, stride, dilation, is_causal in zip(
             problem.grid, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal
         )
-    ]
-    if len(axes) == 1:
-        axes.append(Axis(1, 1, 1, 1, False, "shift"))
-        tile = None if tile is None else (*tile, 1)
-    return _plan(tuple(axes), max(problem.head_dim, problem.head_dim_v), tile)
-
-
-@dataclass(frozen=True)
-class Cells:
-    """A grid whose windows are cells: `count` of them, of `size` tokens each."""
-
-    shape: tuple[tuple[int, int, int], ...]  # per axis: blocks, kernel_size, dilation
-    count: int
-    size: int
-    offset: Tensor  # [size, size] index into an offset bias, query by key
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """[B, *grid, heads, dim] as [B, *blocks, *dilation, heads, *kernel_size, dim], without a copy."""
-        rank = len(self.shape)
-        for axis in range(rank, 0, -1):
-            tensor = tensor.unflatten(axis, self.shape[axis - 1])
-        blocks, tokens, groups = (range(first, 3 * rank + 1, 3) for first in (1, 2, 3))
-        return tensor.permute(0, *blocks, *groups, -2, *tokens, -1)
-
-
-def cells(problem: Problem) -> Cells | None:
-    """The cells that `problem`'s windows are, or None where they overlap or are cut off."""
-    for size, kernel_size, stride, dilation, is_causal in zip(
-        problem.grid, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal
-    ):
-        one_window = size == kernel_size * dilation and problem.border == "shift"
-        if is_causal or size % (kernel_size * dilation) or not (stride == kernel_size or one_window):
-            return None
-    return _cells(problem.grid, problem.kernel_size, problem.dilation)
-
-
-@lru_cache(maxsize=128)
-def _cells(grid: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> Cells:
-    offset = torch.zeros(1, 1, dtype=torch.long)
-    for k in kernel_size:
-        position = torch.arange(k)
-        own = position - position[:, None] + k - 1
-        offset = (offset[:, None, :, None] * (2 * k - 1) + own[None, :, None, :]).flatten(2).flatten(0, 1)
-    shape = tuple((n // (k * d), k, d) for n, k, d in zip(grid, kernel_size, dilation))
-    size = math.prod(kernel_size)
-    return Cells(shape, math.prod(grid) // size, size, offset)
+    )
+    if tile is not None:
+        return _plan(axes, False, tile)
+    matrices = 1 << (max(1, problem.batch) * problem.num_heads_kv - 1).bit_length()
+    work = matrices, problem.num_heads // problem.num_heads_kv, (problem.head_dim + problem.head_dim_v) // 2
+    alone = (Axis(1, 1), *axes)
+    found = [(*_tile_shape(cut, *work), cut) for cut in (axes, alone)]
+    _, shape, cut = min(found, key=lambda each: each[0])
+    return _plan(cut, cut is alone, shape)

@@ -6,15 +6,17 @@ are made transposed, [keys, queries] per tile: the products then read rows as th
 a tile rather than its many keys. Memory beyond inputs and outputs is those copies and the logits of CHUNK pairs, never
 tokens x tokens.
 
-The softmax subtracts no maximum at first: where every row's denominator turns out to be within 2 ** +-_SAFE, the
-result is as exact without. Where one is not, the part is computed again with the maximum, and so is all that follows.
-The backward pass computes the logits again from lse, whatever back end made them; a gradient that several tiles share
-is summed in a fixed order.
+At first weights are exp(logit) times a table (0 where a query doesn't see a key, else exp(bias)), without a maximum.
+Where every denominator turns out to be within e ** +-_SAFE that is as exact as with one, and it takes half the passes
+over the logits. Where one is not, or with a bias that is large or by query, the weights are 2 ** (logit - maximum)
+with masks and bias added to the logits. The backward pass has the same two ways; it computes the logits again from
+lse, whatever back end made them. A gradient that several tiles share is summed in a fixed order.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,9 +28,13 @@ from attnzoo.kernels.neighborhood_attention.problem import Problem
 from attnzoo.kernels.neighborhood_attention.tiling import Box, Plan, plan
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
-_SAFE = 80.0
+_SAFE = 40.0  # of lse: a weight that is lost at exp(-87) is then below every result's rounding
+_BIASES = (-_SAFE, 20.0)  # so that exp(bias) and what it multiplies lose nothing either
 _COPIES = 1 << 23  # elements of one tensor's copy
 _BIAS = 1 << 23  # elements of bias tables that a call keeps
+_WORKSPACE = 1 << 22  # elements that a thread keeps from call to call
+
+_kept = threading.local()
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -58,13 +64,31 @@ class _Unit:
 class _Chunk:
     """What is worked on at a time: of one loop tile, the inner tiles `tiles` of the groups `groups`.
 
-    It is all of them, or the unit is one batch entry and head. rows: the same as a slice of the unit's boxes.
+    It is all of them, or the unit is one batch entry and head. rows: the same as a slice of the unit's boxes, None for
+    all; keys: which of a box's.
     """
 
     number: int
     groups: slice
     tiles: slice
-    rows: slice
+    rows: slice | None
+    first: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Groups and tiles."""
+        return self.groups.stop - self.groups.start, self.tiles.stop - self.tiles.start
+
+    def queries(self, tiles: Tensor) -> Tensor:
+        """The chunk's part of query tiles [loop tiles, boxes, ...]."""
+        part = tiles.select(0, self.number)
+        return part if self.rows is None else part[self.rows]
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """The chunk's part of key boxes [boxes, keys, dim]."""
+        part = boxes.narrow(1, self.first, self.count)
+        return part if self.rows is None else part[self.rows]
 
 
 class _Call:
@@ -76,21 +100,35 @@ class _Call:
         self.repeats = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
         self.rows = self.plan.queries * self.repeats  # of a tile's logits, once per query head
-        self._scratch: dict[str, Tensor] = {}
-        self._tables: dict[tuple[int, int, int], Tensor] = {}
+        self._tables: dict[tuple, Tensor] = {}
+        if not hasattr(_kept, "memory"):
+            _kept.memory = {}
+        self._scratch: dict[tuple[str, torch.dtype], Tensor] = _kept.memory
+
+    def close(self) -> None:
+        """Give back memory beyond what a thread may keep."""
+        if sum(buffer.numel() for buffer in self._scratch.values()) > _WORKSPACE:
+            self._scratch.clear()
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """A buffer of this call, the same memory at every request of one name: fresh pages cost as much as the sums."""
-        size = math.prod(shape)
-        if name not in self._scratch or self._scratch[name].numel() < size:
-            self._scratch[name] = torch.empty(size, dtype=self.dtype)
-        return self._scratch[name][:size].view(shape)
+        """A buffer, the same memory at every request of one name: fresh pages cost as much as the sums."""
+        size, key = math.prod(shape), (name, self.dtype)
+        kept = self._scratch.get(key)
+        if kept is None or kept.numel() < size:
+            self._scratch[key] = kept = torch.empty(size, dtype=self.dtype)
+        return kept[:size].view(shape)
 
-    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """The batched matrix product in a scratch buffer."""
-        return torch.bmm(left, right, out=self.scratch(name, *left.shape[:2], right.shape[2]))
+    def product(self, name: str, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        """scale times the batched matrix product, in a scratch buffer."""
+        made = self.scratch(name, *left.shape[:2], right.shape[2])
+        return torch.baddbmm(made, left, right, beta=0, alpha=scale, out=made)
 
     # -- the passes over the grid
+
+    @property
+    def chunk(self) -> int:
+        """Pairs that are worked on at a time; more where threads share them."""
+        return tiling.CHUNK * torch.get_num_threads()
 
     def units(self) -> Iterator[_Unit]:
         """The passes, within the limits on memory."""
@@ -107,23 +145,15 @@ class _Call:
                 batch = slice(entry, min(entry + entries, problem.batch))
                 yield _Unit(batch, slice(head, min(head + heads, problem.num_heads_kv)))
 
-    @property
-    def chunk(self) -> int:
-        """Pairs that are worked on at a time; more where threads share them."""
-        return tiling.CHUNK * torch.get_num_threads()
-
-    def boxes(self, unit: _Unit) -> int:
-        """Boxes of a unit, as many as tiles per loop tile."""
-        return unit.matrices * self.plan.groups * self.plan.inner_tiles
-
     def chunks(self, unit: _Unit) -> Iterator[_Chunk]:
         """A unit in pieces whose logits may be held at once."""
         cut = self.plan
         groups, tiles = cut.groups, cut.inner_tiles
         for number in range(len(cut.loop.first)):
-            held = max(1, self.chunk // (cut.keys(number)[1] * self.rows))
+            keys = cut.keys(number)
+            held = max(1, self.chunk // (keys[1] * self.rows))
             if unit.matrices > 1 or held >= groups * tiles:
-                yield _Chunk(number, slice(0, groups), slice(0, tiles), slice(0, unit.matrices * groups * tiles))
+                yield _Chunk(number, slice(0, groups), slice(0, tiles), None, *keys)
                 continue
             at_once, part = max(1, held // tiles), min(held, tiles)
             part = -(-tiles // -(-tiles // part))
@@ -132,7 +162,7 @@ class _Call:
                 for tile in range(0, tiles, part):
                     stop = min(tile + part, tiles)
                     rows = slice(group * tiles + tile, (end - 1) * tiles + stop)
-                    yield _Chunk(number, slice(group, end), slice(tile, stop), rows)
+                    yield _Chunk(number, slice(group, end), slice(tile, stop), rows, *keys)
 
     # -- copies
 
@@ -171,9 +201,8 @@ class _Call:
         return [*shape, cut.span[1], *(t.widths[0] for t in cut.inner)]
 
     def _copied(self, name: str, tensor: Tensor, unit: _Unit, queries: bool) -> Tensor:
-        shape = [*self._shape(unit, queries), tensor.shape[-1]]
         pieces = self.plan.query_pieces if queries else self.plan.key_pieces
-        copy = self.scratch(name, *shape)
+        copy = self.scratch(name, *self._shape(unit, queries), tensor.shape[-1])
         written = sum(math.prod(math.prod(box.shape) for box in piece) for piece in pieces)
         if written * unit.matrices * tensor.shape[-1] * (self.repeats if queries else 1) < copy.numel():
             copy.zero_()  # somewhere there is no token
@@ -191,176 +220,219 @@ class _Call:
         cut = self.plan
         return self._copied(name, tensor, unit, False).view(-1, cut.span[1] * cut.inner_width, tensor.shape[-1])
 
-    def whole_tiles(self, tiles: Tensor, unit: _Unit) -> Tensor:
-        """[loop tiles, boxes, queries, ...] with all the dimensions of a copy."""
-        return tiles.view(*self._shape(unit, True), tiles.shape[-1])
-
-    def put(self, made: Tensor, whole: Tensor, unit: _Unit, divisor: Tensor | None = None, scale: float = 1.0) -> None:
-        """Write query tiles, over a divisor or times a scale, into [B, *grid, heads, dim]."""
-        made = self.whole_tiles(made, unit)
-        divisor = None if divisor is None else self.whole_tiles(divisor, unit)
+    def put(self, made: Tensor, whole: Tensor, unit: _Unit, factor: Tensor | float = 1.0, add: bool = False) -> None:
+        """Write (or add) query tiles, times a factor, into [B, *grid, heads, dim]."""
+        made = made.view(*self._shape(unit, True), made.shape[-1])
+        if isinstance(factor, Tensor):
+            factor = factor.view(*self._shape(unit, True), 1)
         for piece in self.plan.query_pieces:
             part, goal = self._part(made, piece, True), self._view(whole, unit, piece, True)
-            if divisor is not None:
-                torch.div(part, self._part(divisor, piece, True), out=goal)
-            elif scale != 1.0:
-                torch.mul(part, scale, out=goal)
+            if isinstance(factor, Tensor):
+                torch.mul(part, self._part(factor, piece, True), out=goal)
+            elif add:
+                goal.add_(part, alpha=factor)
+            elif factor != 1.0:
+                torch.mul(part, factor, out=goal)
             else:
                 goal.copy_(part)
 
-    def put_keys(self, made: Tensor, whole: Tensor, unit: _Unit, scale: float = 1.0) -> None:
-        """Add key boxes, times a scale, to [B, *grid, heads_kv, dim] (written where each key is in one box)."""
+    def put_keys(self, made: Tensor, whole: Tensor, unit: _Unit, factor: float = 1.0) -> None:
+        """Add key boxes, times a factor, to [B, *grid, heads_kv, dim] (written where each key is in one box)."""
         made = made.view(*self._shape(unit, False), made.shape[-1])
         for piece in self.plan.key_sums:
             goal, part = self._view(whole, unit, piece, False), self._part(made, piece, False)
             if self.plan.key_once:
-                torch.mul(part, scale, out=goal)
+                torch.mul(part, factor, out=goal)
             else:
-                goal.add_(part, alpha=scale)
+                goal.add_(part, alpha=factor)
 
-    # -- logits
+    # -- masks and biases
 
-    def _groups(self, tensor: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
+    def whole(self, tensor: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
         """A chunk's [boxes, a, b] as [matrices, groups, tiles, a, b]."""
-        groups = chunk.groups.stop - chunk.groups.start
-        return tensor.view(matrices, groups, chunk.tiles.stop - chunk.tiles.start, *tensor.shape[1:])
+        return tensor.view(matrices, *chunk.shape, *tensor.shape[1:])
 
-    def _of_chunk(self, table: Tensor, chunk: _Chunk) -> Tensor:
+    def of_chunk(self, table: Tensor, chunk: _Chunk) -> Tensor:
         """The part of a table [..., groups or 1, inner tiles, a, b] that a chunk needs."""
+        if chunk.rows is None:
+            return table
         return table[..., chunk.groups if table.shape[-4] > 1 else slice(None), chunk.tiles, :, :]
 
-    def add_tables(
-        self, logits: Tensor, chunk: _Chunk, unit: _Unit, bias: Tensor | None, tiles: Tensor | None, scale: float
-    ) -> None:
-        """logits [boxes, keys, queries] times scale, plus the bias over log 2, -inf where a query doesn't see a key.
+    def table(self, chunk: _Chunk, unit: _Unit, bias: Tensor | None, added: bool) -> Tensor | None:
+        """What a chunk's weights are multiplied with, or what is added to its logits over log 2.
 
-        tiles: the query tiles of a bias by query, over log 2.
+        It broadcasts against [b, heads, groups, tiles * keys * queries]. None: nothing.
         """
-        if tiles is not None:
-            self._add_query_bias(logits, chunk, unit, tiles, scale)
-            return
-        table = self.plan.mask(chunk.number, self.repeats) if bias is None else self._bias_table(bias, chunk, unit)
-        if table is None:
-            logits.mul_(scale)
-            return
-        table = self._of_chunk(table, chunk).flatten(-2)
-        whole = self._groups(logits, chunk, unit.matrices).unflatten(0, unit.shape).flatten(-2)
-        torch.add(table, whole, alpha=scale, out=whole)
+        made = self.plan.mask(chunk.number, self.repeats, added)
+        if bias is not None:
+            made = self._bias_table(bias, chunk, unit, added)
+        return None if made is None else self.of_chunk(made, chunk).flatten(-3)
 
-    def _bias_table(self, bias: Tensor, chunk: _Chunk, unit: _Unit) -> Tensor:
-        """The offset bias over log 2, [heads, groups or 1, tiles, keys, queries] of a loop tile, -inf where unseen."""
+    def _bias_table(self, bias: Tensor, chunk: _Chunk, unit: _Unit, added: bool) -> Tensor:
+        """The offset bias, [heads, groups or 1, tiles, keys, queries] of a loop tile, its exponential or over log 2."""
         cut = self.plan
-        name = (cut.loop.kind[chunk.number], unit.heads.start)
+        name = (cut.loop.kind[chunk.number], unit.heads.start, added)
         if name in self._tables:
             return self._tables[name]
         heads = slice(unit.heads.start * self.repeats, unit.heads.stop * self.repeats)
-        taken = (bias.flatten(1)[heads].to(self.dtype) * _LOG2E)[:, None, cut.offset(chunk.number)]
-        taken = torch.where(cut.allowed(chunk.number), taken, -math.inf)  # [heads, groups or 1, kinds, keys, queries]
+        taken = bias.flatten(1)[heads].to(self.dtype)
+        taken = (taken * _LOG2E if added else taken.exp())[:, None, cut.offset(chunk.number)]
+        taken = torch.where(cut.allowed(chunk.number), taken, -math.inf if added else 0.0)
         made = taken.unflatten(0, (-1, self.repeats)).movedim(1, -2).flatten(-2)
         made = made.index_select(2, cut.joined_kinds()[1])
         if sum(table.numel() for table in self._tables.values()) + made.numel() <= _BIAS:
             self._tables[name] = made
         return made
 
-    def _index(self, table: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
+    def index(self, table: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
         """A table [groups or 1, inner tiles, a, queries] of a chunk, for each matrix and query head."""
-        part = self._of_chunk(table, chunk).repeat(1, 1, 1, self.repeats)
-        return part.expand(matrices, chunk.groups.stop - chunk.groups.start, *part.shape[1:])
+        part = self.of_chunk(table, chunk).repeat(1, 1, 1, self.repeats)
+        return part.expand(matrices, chunk.shape[0], *part.shape[1:])
 
-    def _add_query_bias(self, logits: Tensor, chunk: _Chunk, unit: _Unit, tiles: Tensor, scale: float) -> None:
-        at = tiles[chunk.number, chunk.rows].transpose(1, 2)  # one batch entry's where all share a bias
-        matrices = unit.matrices if tiles.shape[1] == self.boxes(unit) else unit.shape[1]
-        at = self._groups(at, chunk, matrices)
-        added = at.gather(-2, self._index(self.plan.slot(chunk.number), chunk, matrices))
-        mask = self.plan.mask(chunk.number, self.repeats)
+    def add_tables(self, logits: Tensor, chunk: _Chunk, unit: _Unit, bias: Tensor | None, tiles: Tensor | None) -> None:
+        """The bias and -inf where a query doesn't see a key, added to a chunk's logits over log 2.
+
+        tiles: the query tiles of a bias by query, over log 2; of one batch entry where all share a bias.
+        """
+        if tiles is None:
+            table = self.table(chunk, unit, bias, added=True)
+            if table is not None:
+                logits.view(*unit.shape, chunk.shape[0], -1).add_(table)
+            return
+        at = chunk.queries(tiles).transpose(1, 2)
+        matrices = unit.shape[1] * (unit.shape[0] if bias is not None and bias.shape[0] > 1 else 1)
+        index = self.index(self.plan.slot(chunk.number), chunk, matrices)
+        taken = at.reshape(matrices, *chunk.shape, *at.shape[1:]).gather(-2, index)
+        mask = self.plan.mask(chunk.number, self.repeats, added=True)
         if mask is not None:
-            added.masked_fill_(self._of_chunk(mask, chunk) < 0, -math.inf)
-        whole = logits.view(-1, *added.shape)
-        torch.add(added, whole, alpha=scale, out=whole)
+            taken.masked_fill_(self.of_chunk(mask, chunk) < 0, -math.inf)
+        logits.view(-1, *taken.shape).add_(taken)
 
     def take_slots(self, grad: Tensor, goal: Tensor, chunk: _Chunk, unit: _Unit) -> None:
         """The gradient of a chunk's logits [boxes, keys, queries] by window slot, into goal [boxes, queries, slots]."""
         at, present = self.plan.place(chunk.number)
-        taken = self._groups(grad, chunk, unit.matrices).gather(-2, self._index(at, chunk, unit.matrices))
-        taken *= self._index(present, chunk, unit.matrices)
+        taken = self.whole(grad, chunk, unit.matrices).gather(-2, self.index(at, chunk, unit.matrices))
+        taken *= self.index(present, chunk, unit.matrices)
         goal.copy_(taken.flatten(0, 2).transpose(1, 2))
 
     def put_bias(self, made: Tensor, whole: Tensor, unit: _Unit) -> None:
         """Add query tiles of slots to the gradient of a bias by query, [B or 1, *grid, heads, slots]."""
-        shared = whole.shape[0] == 1
-        made = self.whole_tiles(made, unit)
-        if shared:
-            made, unit = made.sum(1, keepdim=True), _Unit(slice(0, 1), unit.heads)
-        for piece in self.plan.query_pieces:
-            self._view(whole, unit, piece, True).add_(self._part(made, piece, True))
+        if whole.shape[0] == 1:
+            made = made.view(*self._shape(unit, True), made.shape[-1]).sum(1, keepdim=True)
+            unit = _Unit(slice(0, 1), unit.heads)
+        self.put(made, whole, unit, add=True)
 
 
-def _additional(call: _Call, unit: _Unit, tensor: Tensor | None) -> Tensor | None:
-    """Additional keys or values [B, n, heads_kv, dim] as [b * heads_kv, n, dim] for one unit."""
-    if tensor is None or tensor.shape[1] == 0:
-        return None
-    return tensor[unit.batch, :, unit.heads].transpose(1, 2).to(call.dtype).flatten(0, 1)
+class _Inputs:
+    """A call's tensors, and their copies for one unit."""
 
+    def __init__(self, call: _Call, tensors: tuple[Tensor | None, ...]) -> None:
+        self.call = call
+        query, key, value, self.bias, self.additional_keys, self.additional_values = tensors
+        assert query is not None and key is not None and value is not None
+        self.query, self.key, self.value = query, key, value
 
-def _bias_tiles(call: _Call, unit: _Unit, bias: Tensor | None) -> Tensor | None:
-    """The query tiles of a bias by query, over log 2; None for another bias."""
-    if bias is None or call.problem.bias != "query":
-        return None
-    shared = _Unit(slice(0, 1), unit.heads) if bias.shape[0] == 1 else unit
-    return call.query_tiles("bias", bias, shared).mul_(_LOG2E)
+    def bounded(self) -> bool:
+        """Whether the bias allows weights without a maximum."""
+        if self.bias is None or self.bias.numel() == 0:
+            return True
+        if self.call.problem.bias == "query":
+            return False
+        least, most = self.bias.masked_fill(self.bias == -math.inf, 0.0).aminmax()
+        return float(least) >= _BIASES[0] and float(most) <= _BIASES[1]
 
+    def copy(self, unit: _Unit, values: bool = True) -> None:
+        """Copy a unit's part into tiles and boxes."""
+        call = self.call
+        self.queries, self.keys = call.query_tiles("query", self.query, unit), call.key_boxes("key", self.key, unit)
+        self.values = call.key_boxes("value", self.value, unit) if values else self.keys
+        self.far_key, self.far_value = self._far(unit, self.additional_keys), self._far(unit, self.additional_values)
+        self.bias_tiles = None
+        if self.bias is not None and call.problem.bias == "query":
+            shared = _Unit(slice(0, 1), unit.heads) if self.bias.shape[0] == 1 else unit
+            self.bias_tiles = call.query_tiles("bias", self.bias, shared).mul_(_LOG2E)
 
-def _unit_forward(
-    call: _Call, unit: _Unit, shift: bool, tensors: tuple[Tensor | None, ...], out: Tensor, lse: Tensor
-) -> bool:
-    """out and lse of a unit, with or without a maximum subtracted; without, False where it has to be.
+    def _far(self, unit: _Unit, tensor: Tensor | None) -> Tensor | None:
+        """Additional keys or values [B, n, heads_kv, dim] as [b * heads_kv, n, dim]."""
+        if tensor is None or tensor.shape[1] == 0:
+            return None
+        return tensor[unit.batch, :, unit.heads].transpose(1, 2).to(self.call.dtype).flatten(0, 1)
 
-    Then out and lse are not written.
-    """
-    query, key, value, bias, additional_keys, additional_values = tensors
-    assert query is not None and key is not None and value is not None
-    scale = call.problem.scale * _LOG2E
-    queries, keys = call.query_tiles("query", query, unit), call.key_boxes("key", key, unit)
-    values, bias_tiles = call.key_boxes("value", value, unit), _bias_tiles(call, unit, bias)
-    far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-    made = call.scratch("out", *queries.shape[:-1], value.shape[-1])
-    total = call.scratch("total", *queries.shape[:-1])
-    highest = call.scratch("highest", *queries.shape[:-1]) if shift else None
-    for chunk in call.chunks(unit):
-        first, count = call.plan.keys(chunk.number)
-        tiles = queries[chunk.number, chunk.rows]
-        logits = call.product("logits", keys[chunk.rows, first : first + count], tiles.transpose(1, 2))
-        call.add_tables(logits, chunk, unit, bias, bias_tiles, scale)
+    def bounded_weights(
+        self, unit: _Unit, chunk: _Chunk, tiles: Tensor, clamp: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """exp(logits) of a chunk, [boxes, keys, queries], and of its additional keys, [matrices, n, queries].
+
+        clamp: nothing has shown the logits of keys that are not seen to be small; they must not become infinite.
+        """
+        call, scale = self.call, self.call.problem.scale
+        weights = call.product("logits", chunk.boxes(self.keys), tiles.transpose(1, 2), scale)
+        table = call.table(chunk, unit, self.bias, added=False)
+        if table is not None and clamp:
+            weights.clamp_(max=2 * _SAFE)  # the others are below lse - bias
+        weights.exp_()
+        if table is not None:
+            weights.view(*unit.shape, chunk.shape[0], -1).mul_(table)
         far = None
-        if far_key is not None:
-            far = call.product("far", far_key, tiles.reshape(unit.matrices, -1, tiles.shape[-1]).transpose(1, 2))
-            far = far.mul_(scale)
-        if highest is not None:
-            top = logits.amax(-2)
+        if self.far_key is not None:
+            far = call.product("far", self.far_key, self._flat(unit, tiles), scale).exp_()
+        return weights, far
+
+    def shifted_weights(
+        self, unit: _Unit, chunk: _Chunk, tiles: Tensor, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """2 ** (logits / log 2 - shift) of a chunk and of its additional keys, shaped as above, and the shift.
+
+        shift: [boxes, queries], the rows' largest logits where None. A row without keys has the shift 0.
+        """
+        call, scale = self.call, self.call.problem.scale * _LOG2E
+        weights = call.product("logits", chunk.boxes(self.keys), tiles.transpose(1, 2), scale)
+        call.add_tables(weights, chunk, unit, self.bias, self.bias_tiles)
+        far = None
+        if self.far_key is not None:
+            far = call.product("far", self.far_key, self._flat(unit, tiles), scale)
+        if shift is None:
+            shift = weights.amax(-2)
             if far is not None:
-                top = torch.maximum(top, far.amax(-2).view_as(top))
-            top = top.masked_fill_(top == -math.inf, 0.0)
-            highest[chunk.number, chunk.rows] = top
-            logits.sub_(top[:, None])
-            if far is not None:
-                far.sub_(top.view(unit.matrices, 1, -1))
-        logits.exp2_()
-        goal, sums = made[chunk.number, chunk.rows], total[chunk.number, chunk.rows]
-        torch.sum(logits, -2, out=sums)
-        torch.bmm(logits.transpose(1, 2), values[chunk.rows, first : first + count], out=goal)
-        if far is not None and far_value is not None:
-            far.exp2_()
+                shift = torch.maximum(shift, far.amax(-2).view_as(shift))
+        shift = shift.masked_fill(shift == -math.inf, 0.0)
+        weights.sub_(shift[:, None]).exp2_()
+        if far is not None:
+            far.sub_(shift.reshape(unit.matrices, 1, -1)).exp2_()
+        return weights, far, shift
+
+    def _flat(self, unit: _Unit, tiles: Tensor) -> Tensor:
+        """A chunk's query tiles as [matrices, dim, queries]."""
+        return tiles.reshape(unit.matrices, -1, tiles.shape[-1]).transpose(1, 2)
+
+
+def _unit_forward(inputs: _Inputs, unit: _Unit, bounded: bool, out: Tensor, lse: Tensor) -> bool:
+    """out and lse of a unit; False, and nothing written, where the weights can't do without a maximum (`bounded`)."""
+    call, shape = inputs.call, inputs.queries.shape[:-1]
+    made, total = call.scratch("out", *shape, inputs.value.shape[-1]), call.scratch("total", *shape)
+    highest = None if bounded else call.scratch("highest", *shape)
+    for chunk in call.chunks(unit):
+        tiles = chunk.queries(inputs.queries)
+        if highest is None:
+            weights, far = inputs.bounded_weights(unit, chunk, tiles)
+        else:
+            weights, far, shift = inputs.shifted_weights(unit, chunk, tiles)
+            chunk.queries(highest).copy_(shift)
+        goal, sums = chunk.queries(made), chunk.queries(total)
+        torch.sum(weights, -2, out=sums)
+        torch.bmm(weights.transpose(1, 2), chunk.boxes(inputs.values), out=goal)
+        if far is not None and inputs.far_value is not None:
             sums += far.sum(-2).view_as(sums)
-            goal += torch.bmm(far.transpose(1, 2), far_value).view_as(goal)
+            goal += torch.bmm(far.transpose(1, 2), inputs.far_value).view_as(goal)
     if highest is None:
-        least, most = (float(bound) for bound in total.aminmax())
-        if not (least >= 2.0**-_SAFE and most <= 2.0**_SAFE):
+        least, most = total.aminmax()
+        if not (float(least) >= math.exp(-_SAFE) and float(most) <= math.exp(_SAFE)):
             return False
     # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
-    divisor = total if bias is None else total.masked_fill(total == 0.0, 1.0)
-    call.put(made, out, unit, divisor[..., None])
-    log_total = total.log2_() if highest is None else total.log2_().add_(highest)
-    call.put(log_total.mul_(_LN2)[..., None], lse[..., None], unit)
+    divisor = total if bounded else total.masked_fill(total == 0.0, 1.0)
+    call.put(made, out, unit, divisor.reciprocal())
+    logs = total.log_() if highest is None else total.log2_().add_(highest).mul_(_LN2)
+    call.put(logs[..., None], lse[..., None], unit)
     return True
 
 
@@ -377,17 +449,20 @@ def forward(
     """out [B, *grid, heads, head_dim_v] in the query's dtype and lse [B, *grid, heads] in the computation's."""
     out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
     lse = query.new_empty(query.shape[:-1], dtype=problem.compute_dtype)
-    call, shift = _Call(problem, tile), False
-    tensors = (query, key, value, bias, additional_keys, additional_values)
+    call = _Call(problem, tile)
+    inputs = _Inputs(call, (query, key, value, bias, additional_keys, additional_values))
+    bounded = inputs.bounded()
     for unit in call.units():
-        shift = shift or not _unit_forward(call, unit, False, tensors, out, lse)
-        if shift:
-            _unit_forward(call, unit, True, tensors, out, lse)
+        inputs.copy(unit)
+        bounded = bounded and _unit_forward(inputs, unit, True, out, lse)
+        if not bounded:
+            _unit_forward(inputs, unit, False, out, lse)
+    call.close()
     return out, lse
 
 
 class _BiasGradient:
-    """Sums the logits' gradients into the bias's."""
+    """Sums the logits' gradients into an offset bias's."""
 
     def __init__(self, call: _Call, bias: Tensor) -> None:
         self.call, self.bias = call, bias
@@ -395,18 +470,16 @@ class _BiasGradient:
         self.sums: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
     def add(self, grad: Tensor, unit: _Unit, chunk: _Chunk) -> None:
-        """grad: a chunk's [boxes, keys, queries]; the sums are [heads_kv, kinds, keys, repeats, queries]."""
+        """grad: a chunk's [boxes, keys, queries]; the sums are [heads_kv, kinds, keys, repeats * queries]."""
         cut = self.call.plan
-        name = (cut.loop.kind[chunk.number], unit.heads.start)
+        name, (samples, kinds) = (cut.loop.kind[chunk.number], unit.heads.start), cut.joined_kinds()
         if name not in self.sums:
-            samples, _ = cut.joined_kinds()
             shape = (unit.shape[1], len(samples), *grad.shape[1:])
             if sum(kept.numel() for _, kept in self.sums.values()) + math.prod(shape) > _BIAS:
                 self.flush()
             self.sums[name] = (chunk.number, torch.zeros(shape, dtype=grad.dtype))
-        whole = self.call._groups(grad, chunk, unit.matrices).unflatten(0, unit.shape)
-        kinds = cut.joined_kinds()[1][chunk.tiles]
-        self.sums[name][1].index_add_(1, kinds, whole.sum((0, 2)))
+        whole = self.call.whole(grad, chunk, unit.matrices).unflatten(0, unit.shape)
+        self.sums[name][1].index_add_(1, kinds[chunk.tiles], whole.sum((0, 2)))
 
     def flush(self) -> None:
         """Empty the sums into the table of offsets."""
@@ -417,6 +490,96 @@ class _BiasGradient:
             for head, weights in enumerate(by_head, first * call.repeats):
                 table[head] += torch.bincount(index, weights.double(), table.shape[1]).to(table.dtype)
         self.sums.clear()
+
+
+@dataclass
+class _Gradients:
+    """The gradients of a call in the computation's dtype, None where not needed."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    bias: _BiasGradient | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+
+    def through_logits(self) -> bool:
+        """Whether any but the values' is needed."""
+        return any(each is not None for each in (self.query, self.key, self.bias, self.additional_keys))
+
+
+def _add_far(whole: Tensor, part: Tensor, unit: _Unit) -> None:
+    """Add [b * heads_kv, n, dim] to [B, n, heads_kv, dim]."""
+    whole[unit.batch, :, unit.heads] += part.unflatten(0, unit.shape).transpose(1, 2)
+
+
+def _unit_backward(
+    inputs: _Inputs, unit: _Unit, bounded: bool, grads: _Gradients, grad_out: Tensor, lse: Tensor, delta: Tensor | None
+) -> None:
+    """Add a unit's part to `grads`.
+
+    bounded: weights are exp(logit), and the output's gradient and delta are multiplied with exp(-lse) instead.
+    """
+    call, problem = inputs.call, inputs.call.problem
+    given = call.query_tiles("grad", grad_out, unit)
+    deltas = None if delta is None else call.query_tiles("delta", delta[..., None], unit)
+    logs = call.query_tiles("lse", lse[..., None], unit)
+    if bounded:
+        inverse = logs.neg_().exp_()
+        given.mul_(inverse)
+        if deltas is not None:
+            deltas.mul_(inverse)
+    else:
+        logs.mul_(_LOG2E)
+    d_query = call.scratch("d_query", *inputs.queries.shape) if grads.query is not None else None
+    boxes = inputs.keys.shape[:2]
+    d_key = call.scratch("d_key", *boxes, problem.head_dim).zero_() if grads.key is not None else None
+    d_value = call.scratch("d_value", *boxes, problem.head_dim_v).zero_() if grads.value is not None else None
+    d_bias = None
+    if grads.bias is not None and inputs.bias_tiles is not None:
+        d_bias = call.scratch("d_bias", *inputs.queries.shape[:-1], inputs.bias_tiles.shape[-1])
+    for chunk in call.chunks(unit):
+        tiles, grad, keys = (chunk.queries(inputs.queries), chunk.queries(given), chunk.boxes(inputs.keys))
+        if bounded:
+            weights, far = inputs.bounded_weights(unit, chunk, tiles, clamp=True)
+        else:
+            weights, far, _ = inputs.shifted_weights(unit, chunk, tiles, chunk.queries(logs)[..., 0])
+        if d_value is not None:
+            chunk.boxes(d_value).add_(call.product("d_box", weights, grad))
+        shift = None
+        if deltas is not None:
+            shift = chunk.queries(deltas)
+            d_logits = call.product("d_logits", chunk.boxes(inputs.values), grad.transpose(1, 2))
+            d_logits.sub_(shift.transpose(1, 2)).mul_(weights)
+            if d_bias is not None:
+                call.take_slots(d_logits, chunk.queries(d_bias), chunk, unit)
+            elif grads.bias is not None:
+                grads.bias.add(d_logits, unit, chunk)
+            if d_query is not None:
+                torch.bmm(d_logits.transpose(1, 2), keys, out=chunk.queries(d_query))
+            if d_key is not None:
+                chunk.boxes(d_key).add_(call.product("d_box", d_logits, tiles))
+        if far is None or inputs.far_key is None or inputs.far_value is None:
+            continue
+        far_query, far_grad = (t.reshape(unit.matrices, -1, t.shape[-1]) for t in (tiles, grad))
+        if grads.additional_values is not None:
+            _add_far(grads.additional_values, torch.bmm(far, far_grad), unit)
+        if shift is not None:
+            d_far = call.product("d_far", inputs.far_value, far_grad.transpose(1, 2))
+            d_far.sub_(shift.reshape(unit.matrices, 1, -1)).mul_(far)
+            if d_query is not None:
+                part = chunk.queries(d_query)
+                part += torch.bmm(d_far.transpose(1, 2), inputs.far_key).view_as(part)
+            if grads.additional_keys is not None:
+                _add_far(grads.additional_keys, torch.bmm(d_far, far_query).mul_(problem.scale), unit)
+    if d_query is not None and grads.query is not None:
+        call.put(d_query, grads.query, unit, problem.scale)
+    if d_key is not None and grads.key is not None:
+        call.put_keys(d_key, grads.key, unit, problem.scale)
+    if d_value is not None and grads.value is not None:
+        call.put_keys(d_value, grads.value, unit)
+    if d_bias is not None and grads.bias is not None:
+        call.put_bias(d_bias, grads.bias.total, unit)
 
 
 def backward(
@@ -439,97 +602,39 @@ def backward(
     With p = exp(logits - lse): dp = <grad_out, value>, dlogits = p * (dp - <grad_out, out> + grad_lse).
     """
     tensors = (query, key, value, bias, additional_keys, additional_values)
-    needs = tuple(needed and tensor is not None for needed, tensor in zip(needs, tensors))
-    dtype, call = problem.compute_dtype, _Call(problem, tile)
-    through_logits = needs[0] or needs[1] or needs[3] or needs[4]
-    scale = problem.scale * _LOG2E
-    total = lse[..., None] * _LOG2E
-    if bias is not None:
-        total = total.masked_fill(total == -math.inf, 0.0)
-    delta = None
-    if through_logits:
-        delta = torch.linalg.vecdot(grad_out.to(dtype), out.to(dtype))[..., None]
-        if grad_lse is not None:
-            delta -= grad_lse[..., None].to(dtype)
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format) if needs[0] else None
+    asked = [needed and tensor is not None for needed, tensor in zip(needs, tensors, strict=True)]
+    call, dtype = _Call(problem, tile), problem.compute_dtype
+
+    def zeros(number: int) -> Tensor | None:
+        tensor = tensors[number]
+        return torch.zeros(tensor.shape, dtype=dtype) if tensor is not None and asked[number] else None
+
     fresh = torch.empty if call.plan.key_once else torch.zeros
-    grad_key, grad_value = (
-        fresh(t.shape, dtype=dtype) if needed else None for t, needed in ((key, needs[1]), (value, needs[2]))
+    grads = _Gradients(
+        torch.empty_like(query, memory_format=torch.contiguous_format) if asked[0] else None,
+        fresh(key.shape, dtype=dtype) if asked[1] else None,
+        fresh(value.shape, dtype=dtype) if asked[2] else None,
+        _BiasGradient(call, bias) if asked[3] and bias is not None else None,
+        zeros(4),
+        zeros(5),
     )
-    grad_bias = _BiasGradient(call, bias) if needs[3] and bias is not None else None
-    grad_far_key, grad_far_value = (
-        torch.zeros(t.shape, dtype=dtype) if needed and t is not None else None
-        for t, needed in ((additional_keys, needs[4]), (additional_values, needs[5]))
-    )
+    delta = None
+    if grads.through_logits():
+        delta = torch.linalg.vecdot(grad_out.to(dtype), out.to(dtype))
+        if grad_lse is not None:
+            delta -= grad_lse
+    inputs = _Inputs(call, tensors)
+    least, most = lse.aminmax() if lse.numel() else (0.0, 0.0)
+    bounded = inputs.bounded() and -_SAFE <= float(least) and float(most) <= _SAFE
     for unit in call.units():
-        queries, keys = call.query_tiles("query", query, unit), call.key_boxes("key", key, unit)
-        grads, log_totals = call.query_tiles("grad", grad_out, unit), call.query_tiles("lse", total, unit)
-        values = call.key_boxes("value", value, unit) if through_logits else None
-        deltas = None if delta is None else call.query_tiles("delta", delta, unit)
-        bias_tiles = _bias_tiles(call, unit, bias)
-        d_query = call.scratch("d_query", *queries.shape) if needs[0] else None
-        d_key = call.scratch("d_key", *keys.shape).zero_() if needs[1] else None
-        d_value = call.scratch("d_value", *keys.shape[:2], value.shape[-1]).zero_() if needs[2] else None
-        d_bias = None
-        if grad_bias is not None and bias_tiles is not None:
-            d_bias = call.scratch("d_bias", *queries.shape[:-1], bias_tiles.shape[-1])
-        far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-        for chunk in call.chunks(unit):
-            at, rows = chunk.number, chunk.rows
-            first, count = call.plan.keys(at)
-            here = slice(first, first + count)
-            tiles, grad = queries[at, rows], grads[at, rows]
-            log_total = log_totals[at, rows].transpose(1, 2)
-            logits = call.product("logits", keys[rows, here], tiles.transpose(1, 2))
-            call.add_tables(logits, chunk, unit, bias, bias_tiles, scale)
-            weights = logits.sub_(log_total).exp2_()
-            if d_value is not None:
-                d_value[rows, here] += call.product("d_box", weights, grad)
-            d_logits = shift = None
-            if values is not None and deltas is not None:
-                shift = deltas[at, rows].transpose(1, 2)
-                d_logits = call.product("d_logits", values[rows, here], grad.transpose(1, 2))
-                d_logits.sub_(shift).mul_(weights)
-                if grad_bias is not None and d_bias is None:
-                    grad_bias.add(d_logits, unit, chunk)
-                if d_bias is not None:
-                    call.take_slots(d_logits, d_bias[at, rows], chunk, unit)
-                if d_query is not None:
-                    torch.bmm(d_logits.transpose(1, 2), keys[rows, here], out=d_query[at, rows])
-                if d_key is not None:
-                    d_key[rows, here] += call.product("d_box", d_logits, tiles)
-            if far_key is not None and far_value is not None:
-                far_query, far_grad = (t.reshape(unit.matrices, -1, t.shape[-1]) for t in (tiles, grad))
-                far = call.product("far", far_key, far_query.transpose(1, 2)).mul_(scale)
-                far.sub_(log_total.reshape(unit.matrices, 1, -1)).exp2_()
-                if grad_far_value is not None:
-                    _add_far(grad_far_value, torch.bmm(far, far_grad), unit)
-                if shift is not None:
-                    d_far = call.product("d_far", far_value, far_grad.transpose(1, 2))
-                    d_far.sub_(shift.reshape(unit.matrices, 1, -1)).mul_(far)
-                    if d_query is not None:
-                        part = d_query[at, rows]
-                        part += torch.bmm(d_far.transpose(1, 2), far_key).view_as(part)
-                    if grad_far_key is not None:
-                        _add_far(grad_far_key, torch.bmm(d_far, far_query).mul_(problem.scale), unit)
-        if d_query is not None and grad_query is not None:
-            call.put(d_query, grad_query, unit, scale=problem.scale)
-        if d_key is not None and grad_key is not None:
-            call.put_keys(d_key, grad_key, unit, problem.scale)
-        if d_value is not None and grad_value is not None:
-            call.put_keys(d_value, grad_value, unit)
-        if d_bias is not None and grad_bias is not None:
-            call.put_bias(d_bias, grad_bias.total, unit)
-    if grad_bias is not None:
-        grad_bias.flush()
-    found = (grad_query, grad_key, grad_value, None if grad_bias is None else grad_bias.total)
-    found += (grad_far_key, grad_far_value)
+        inputs.copy(unit, values=delta is not None)
+        _unit_backward(inputs, unit, bounded, grads, grad_out, lse, delta)
+    call.close()
+    if grads.bias is not None:
+        grads.bias.flush()
+    found = (grads.query, grads.key, grads.value, None if grads.bias is None else grads.bias.total)
+    found += (grads.additional_keys, grads.additional_values)
     return tuple(
         None if gradient is None or tensor is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(found, tensors, strict=True)
     )
-
-
-def _add_far(whole: Tensor, part: Tensor, unit: _Unit) -> None:
-    """Add [b * heads_kv, n, dim] to [B, n, heads_kv, dim]."""
-    whole[unit.batch, :, unit.heads] += part.unflatten(0, unit.shape).transpose(1, 2)

@@ -39,7 +39,7 @@ _CHUNK_COST = 20000.0
 _LANES = 16
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
 CHUNK = 1 << 16  # query-key pairs that are worked on at a time
-_KEPT = 1 << 22  # elements of tables that a plan may keep
+_KEPT = 1 << 21  # elements of tables that a plan may keep
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Plan:
     key_pieces: tuple[tuple[Box, ...], ...]
     key_sums: tuple[tuple[Box, ...], ...]  # the same places, in pieces that hold no key twice
     key_once: bool  # every key is copied to exactly one place
-    _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, int, bool], Tensor | None] = field(default_factory=dict)
 
     @property
     def tiles(self) -> tuple[AxisTiles, ...]:
@@ -297,14 +297,17 @@ class Plan:
         """[groups or 1, kinds, keys, queries] of a loop tile: the query sees the key."""
         return _cross(self._tables("allowed", number), torch.logical_and)
 
-    def mask(self, number: int, repeats: int) -> Tensor | None:
-        """[groups or 1, inner tiles, keys, repeats * queries]: 0 where allowed, -inf elsewhere; None: all is allowed."""
-        name = (self.loop.kind[number], repeats)
+    def mask(self, number: int, repeats: int, added: bool) -> Tensor | None:
+        """[groups or 1, inner tiles, keys, repeats * queries] of a loop tile; None where all is allowed.
+
+        To multiply weights with, 1 where allowed and 0 elsewhere; or, `added`, to add to logits, 0 and -inf.
+        """
+        name = (self.loop.kind[number], repeats, added)
         if name in self._masks:
             return self._masks[name]
         allowed, made = self.allowed(number), None
         if not bool(allowed.all()):
-            table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
+            table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
             made = self.spread(table.repeat(1, 1, 1, repeats))
         held = sum(mask.numel() for mask in self._masks.values() if mask is not None)
         if made is None or held + made.numel() <= _KEPT:

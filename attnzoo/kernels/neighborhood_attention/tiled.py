@@ -19,13 +19,14 @@ import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from attnzoo.kernels.neighborhood_attention import tiling
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.tiling import Box, Plan, plan
+from attnzoo.kernels.neighborhood_attention.tiling import Box, Chunk, Plan, plan
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _SAFE = 40.0  # of lse: a weight that is lost at exp(-87) is then below every result's rounding
@@ -49,46 +50,15 @@ class _Unit:
     batch: slice
     heads: slice
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """How many of each."""
         return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
 
-    @property
+    @cached_property
     def matrices(self) -> int:
         """Batch entries times key heads."""
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """What is worked on at a time: of one loop tile, the inner tiles `tiles` of the groups `groups`.
-
-    It is all of them, or the unit is one batch entry and head. rows: the same as a slice of the unit's boxes, None for
-    all; keys: which of a box's.
-    """
-
-    number: int
-    groups: slice
-    tiles: slice
-    rows: slice | None
-    first: int
-    count: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Groups and tiles."""
-        return self.groups.stop - self.groups.start, self.tiles.stop - self.tiles.start
-
-    def queries(self, tiles: Tensor) -> Tensor:
-        """The chunk's part of query tiles [loop tiles, boxes, ...]."""
-        part = tiles.select(0, self.number)
-        return part if self.rows is None else part[self.rows]
-
-    def boxes(self, boxes: Tensor) -> Tensor:
-        """The chunk's part of key boxes [boxes, keys, dim]."""
-        part = boxes.narrow(1, self.first, self.count)
-        return part if self.rows is None else part[self.rows]
 
 
 class _Call:
@@ -100,7 +70,10 @@ class _Call:
         self.repeats = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
         self.rows = self.plan.queries * self.repeats  # of a tile's logits, once per query head
-        self._tables: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple[int, int, bool], Tensor] = {}
+        self._parts: dict[tuple[int, int, bool], Tensor | None] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.chunk = tiling.CHUNK * torch.get_num_threads()  # pairs worked on at a time, more where threads share them
         if not hasattr(_kept, "memory"):
             _kept.memory = {}
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = _kept.memory
@@ -112,11 +85,15 @@ class _Call:
 
     def scratch(self, name: str, *shape: int) -> Tensor:
         """A buffer, the same memory at every request of one name: fresh pages cost as much as the sums."""
-        size, key = math.prod(shape), (name, self.dtype)
-        kept = self._scratch.get(key)
-        if kept is None or kept.numel() < size:
-            self._scratch[key] = kept = torch.empty(size, dtype=self.dtype)
-        return kept[:size].view(shape)
+        view = self._views.get((name, shape))
+        if view is None:
+            size, key = math.prod(shape), (name, self.dtype)
+            kept = self._scratch.get(key)
+            if kept is None or kept.numel() < size:
+                self._scratch[key] = kept = torch.empty(size, dtype=self.dtype)
+                self._views.clear()
+            self._views[name, shape] = view = kept[:size].view(shape)
+        return view
 
     def product(self, name: str, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
         """scale times the batched matrix product, in a scratch buffer."""
@@ -124,11 +101,6 @@ class _Call:
         return torch.baddbmm(made, left, right, beta=0, alpha=scale, out=made)
 
     # -- the passes over the grid
-
-    @property
-    def chunk(self) -> int:
-        """Pairs that are worked on at a time; more where threads share them."""
-        return tiling.CHUNK * torch.get_num_threads()
 
     def units(self) -> Iterator[_Unit]:
         """The passes, within the limits on memory."""
@@ -145,24 +117,9 @@ class _Call:
                 batch = slice(entry, min(entry + entries, problem.batch))
                 yield _Unit(batch, slice(head, min(head + heads, problem.num_heads_kv)))
 
-    def chunks(self, unit: _Unit) -> Iterator[_Chunk]:
+    def chunks(self, unit: _Unit) -> tuple[Chunk, ...]:
         """A unit in pieces whose logits may be held at once."""
-        cut = self.plan
-        groups, tiles = cut.groups, cut.inner_tiles
-        for number in range(len(cut.loop.first)):
-            keys = cut.keys(number)
-            held = max(1, self.chunk // (keys[1] * self.rows))
-            if unit.matrices > 1 or held >= groups * tiles:
-                yield _Chunk(number, slice(0, groups), slice(0, tiles), None, *keys)
-                continue
-            at_once, part = max(1, held // tiles), min(held, tiles)
-            part = -(-tiles // -(-tiles // part))
-            for group in range(0, groups, at_once):
-                end = min(group + at_once, groups)
-                for tile in range(0, tiles, part):
-                    stop = min(tile + part, tiles)
-                    rows = slice(group * tiles + tile, (end - 1) * tiles + stop)
-                    yield _Chunk(number, slice(group, end), slice(tile, stop), rows, *keys)
+        return self.plan.chunks(unit.matrices == 1, self.rows, self.chunk)
 
     # -- copies
 
@@ -248,27 +205,34 @@ class _Call:
 
     # -- masks and biases
 
-    def whole(self, tensor: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
+    def whole(self, tensor: Tensor, chunk: Chunk, matrices: int) -> Tensor:
         """A chunk's [boxes, a, b] as [matrices, groups, tiles, a, b]."""
         return tensor.view(matrices, *chunk.shape, *tensor.shape[1:])
 
-    def of_chunk(self, table: Tensor, chunk: _Chunk) -> Tensor:
+    def of_chunk(self, table: Tensor, chunk: Chunk) -> Tensor:
         """The part of a table [..., groups or 1, inner tiles, a, b] that a chunk needs."""
         if chunk.rows is None:
             return table
         return table[..., chunk.groups if table.shape[-4] > 1 else slice(None), chunk.tiles, :, :]
 
-    def table(self, chunk: _Chunk, unit: _Unit, bias: Tensor | None, added: bool) -> Tensor | None:
+    def table(self, chunk: Chunk, unit: _Unit, bias: Tensor | None, added: bool) -> Tensor | None:
         """What a chunk's weights are multiplied with, or what is added to its logits over log 2.
 
         It broadcasts against [b, heads, groups, tiles * keys * queries]. None: nothing.
         """
+        name = (id(chunk), unit.heads.start, added)
+        if name in self._parts:
+            return self._parts[name]
         made = self.plan.mask(chunk.number, self.repeats, added)
         if bias is not None:
             made = self._bias_table(bias, chunk, unit, added)
-        return None if made is None else self.of_chunk(made, chunk).flatten(-3)
+        part = None if made is None else self.of_chunk(made, chunk)
+        flat = None if part is None else part.flatten(-3)
+        if part is None or flat is None or flat.data_ptr() == part.data_ptr():  # no memory of its own
+            self._parts[name] = flat
+        return flat
 
-    def _bias_table(self, bias: Tensor, chunk: _Chunk, unit: _Unit, added: bool) -> Tensor:
+    def _bias_table(self, bias: Tensor, chunk: Chunk, unit: _Unit, added: bool) -> Tensor:
         """The offset bias, [heads, groups or 1, tiles, keys, queries] of a loop tile, its exponential or over log 2."""
         cut = self.plan
         name = (cut.loop.kind[chunk.number], unit.heads.start, added)
@@ -279,17 +243,17 @@ class _Call:
         taken = (taken * _LOG2E if added else taken.exp())[:, None, cut.offset(chunk.number)]
         taken = torch.where(cut.allowed(chunk.number), taken, -math.inf if added else 0.0)
         made = taken.unflatten(0, (-1, self.repeats)).movedim(1, -2).flatten(-2)
-        made = made.index_select(2, cut.joined_kinds()[1])
+        made = made.index_select(2, cut.joined_kinds[1])
         if sum(table.numel() for table in self._tables.values()) + made.numel() <= _BIAS:
             self._tables[name] = made
         return made
 
-    def index(self, table: Tensor, chunk: _Chunk, matrices: int) -> Tensor:
+    def index(self, table: Tensor, chunk: Chunk, matrices: int) -> Tensor:
         """A table [groups or 1, inner tiles, a, queries] of a chunk, for each matrix and query head."""
         part = self.of_chunk(table, chunk).repeat(1, 1, 1, self.repeats)
         return part.expand(matrices, chunk.shape[0], *part.shape[1:])
 
-    def add_tables(self, logits: Tensor, chunk: _Chunk, unit: _Unit, bias: Tensor | None, tiles: Tensor | None) -> None:
+    def add_tables(self, logits: Tensor, chunk: Chunk, unit: _Unit, bias: Tensor | None, tiles: Tensor | None) -> None:
         """The bias and -inf where a query doesn't see a key, added to a chunk's logits over log 2.
 
         tiles: the query tiles of a bias by query, over log 2; of one batch entry where all share a bias.
@@ -299,7 +263,7 @@ class _Call:
             if table is not None:
                 logits.view(*unit.shape, chunk.shape[0], -1).add_(table)
             return
-        at = chunk.queries(tiles).transpose(1, 2)
+        at = chunk.queries(tiles.unbind()).transpose(1, 2)
         matrices = unit.shape[1] * (unit.shape[0] if bias is not None and bias.shape[0] > 1 else 1)
         index = self.index(self.plan.slot(chunk.number), chunk, matrices)
         taken = at.reshape(matrices, *chunk.shape, *at.shape[1:]).gather(-2, index)
@@ -308,7 +272,7 @@ class _Call:
             taken.masked_fill_(self.of_chunk(mask, chunk) < 0, -math.inf)
         logits.view(-1, *taken.shape).add_(taken)
 
-    def take_slots(self, grad: Tensor, goal: Tensor, chunk: _Chunk, unit: _Unit) -> None:
+    def take_slots(self, grad: Tensor, goal: Tensor, chunk: Chunk, unit: _Unit) -> None:
         """The gradient of a chunk's logits [boxes, keys, queries] by window slot, into goal [boxes, queries, slots]."""
         at, present = self.plan.place(chunk.number)
         taken = self.whole(grad, chunk, unit.matrices).gather(-2, self.index(at, chunk, unit.matrices))
@@ -345,6 +309,7 @@ class _Inputs:
         """Copy a unit's part into tiles and boxes."""
         call = self.call
         self.queries, self.keys = call.query_tiles("query", self.query, unit), call.key_boxes("key", self.key, unit)
+        self.tiles = self.queries.unbind()
         self.values = call.key_boxes("value", self.value, unit) if values else self.keys
         self.far_key, self.far_value = self._far(unit, self.additional_keys), self._far(unit, self.additional_values)
         self.bias_tiles = None
@@ -359,7 +324,7 @@ class _Inputs:
         return tensor[unit.batch, :, unit.heads].transpose(1, 2).to(self.call.dtype).flatten(0, 1)
 
     def bounded_weights(
-        self, unit: _Unit, chunk: _Chunk, tiles: Tensor, clamp: bool = False
+        self, unit: _Unit, chunk: Chunk, tiles: Tensor, clamp: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """exp(logits) of a chunk, [boxes, keys, queries], and of its additional keys, [matrices, n, queries].
 
@@ -379,7 +344,7 @@ class _Inputs:
         return weights, far
 
     def shifted_weights(
-        self, unit: _Unit, chunk: _Chunk, tiles: Tensor, shift: Tensor | None = None
+        self, unit: _Unit, chunk: Chunk, tiles: Tensor, shift: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """2 ** (logits / log 2 - shift) of a chunk and of its additional keys, shaped as above, and the shift.
 
@@ -411,14 +376,15 @@ def _unit_forward(inputs: _Inputs, unit: _Unit, bounded: bool, out: Tensor, lse:
     call, shape = inputs.call, inputs.queries.shape[:-1]
     made, total = call.scratch("out", *shape, inputs.value.shape[-1]), call.scratch("total", *shape)
     highest = None if bounded else call.scratch("highest", *shape)
+    goals, totals = made.unbind(), total.unbind()
     for chunk in call.chunks(unit):
-        tiles = chunk.queries(inputs.queries)
+        tiles = chunk.queries(inputs.tiles)
         if highest is None:
             weights, far = inputs.bounded_weights(unit, chunk, tiles)
         else:
             weights, far, shift = inputs.shifted_weights(unit, chunk, tiles)
             chunk.queries(highest).copy_(shift)
-        goal, sums = chunk.queries(made), chunk.queries(total)
+        goal, sums = chunk.queries(goals), chunk.queries(totals)
         torch.sum(weights, -2, out=sums)
         torch.bmm(weights.transpose(1, 2), chunk.boxes(inputs.values), out=goal)
         if far is not None and inputs.far_value is not None:
@@ -469,10 +435,10 @@ class _BiasGradient:
         self.total = torch.zeros(bias.shape, dtype=call.dtype)
         self.sums: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
-    def add(self, grad: Tensor, unit: _Unit, chunk: _Chunk) -> None:
+    def add(self, grad: Tensor, unit: _Unit, chunk: Chunk) -> None:
         """grad: a chunk's [boxes, keys, queries]; the sums are [heads_kv, kinds, keys, repeats * queries]."""
         cut = self.call.plan
-        name, (samples, kinds) = (cut.loop.kind[chunk.number], unit.heads.start), cut.joined_kinds()
+        name, (samples, kinds) = (cut.loop.kind[chunk.number], unit.heads.start), cut.joined_kinds
         if name not in self.sums:
             shape = (unit.shape[1], len(samples), *grad.shape[1:])
             if sum(kept.numel() for _, kept in self.sums.values()) + math.prod(shape) > _BIAS:
@@ -538,25 +504,28 @@ def _unit_backward(
     d_bias = None
     if grads.bias is not None and inputs.bias_tiles is not None:
         d_bias = call.scratch("d_bias", *inputs.queries.shape[:-1], inputs.bias_tiles.shape[-1])
+    all_grads, all_logs = given.unbind(), logs[..., 0].unbind()
+    all_deltas = None if deltas is None else deltas.unbind()
+    goals = None if d_query is None else d_query.unbind()
     for chunk in call.chunks(unit):
-        tiles, grad, keys = (chunk.queries(inputs.queries), chunk.queries(given), chunk.boxes(inputs.keys))
+        tiles, grad, keys = chunk.queries(inputs.tiles), chunk.queries(all_grads), chunk.boxes(inputs.keys)
         if bounded:
             weights, far = inputs.bounded_weights(unit, chunk, tiles, clamp=True)
         else:
-            weights, far, _ = inputs.shifted_weights(unit, chunk, tiles, chunk.queries(logs)[..., 0])
+            weights, far, _ = inputs.shifted_weights(unit, chunk, tiles, chunk.queries(all_logs))
         if d_value is not None:
             chunk.boxes(d_value).add_(call.product("d_box", weights, grad))
         shift = None
-        if deltas is not None:
-            shift = chunk.queries(deltas)
+        if all_deltas is not None:
+            shift = chunk.queries(all_deltas)
             d_logits = call.product("d_logits", chunk.boxes(inputs.values), grad.transpose(1, 2))
             d_logits.sub_(shift.transpose(1, 2)).mul_(weights)
             if d_bias is not None:
-                call.take_slots(d_logits, chunk.queries(d_bias), chunk, unit)
+                call.take_slots(d_logits, chunk.queries(d_bias.unbind()), chunk, unit)
             elif grads.bias is not None:
                 grads.bias.add(d_logits, unit, chunk)
-            if d_query is not None:
-                torch.bmm(d_logits.transpose(1, 2), keys, out=chunk.queries(d_query))
+            if goals is not None:
+                torch.bmm(d_logits.transpose(1, 2), keys, out=chunk.queries(goals))
             if d_key is not None:
                 chunk.boxes(d_key).add_(call.product("d_box", d_logits, tiles))
         if far is None or inputs.far_key is None or inputs.far_value is None:
@@ -567,8 +536,8 @@ def _unit_backward(
         if shift is not None:
             d_far = call.product("d_far", inputs.far_value, far_grad.transpose(1, 2))
             d_far.sub_(shift.reshape(unit.matrices, 1, -1)).mul_(far)
-            if d_query is not None:
-                part = chunk.queries(d_query)
+            if goals is not None:
+                part = chunk.queries(goals)
                 part += torch.bmm(d_far.transpose(1, 2), inputs.far_key).view_as(part)
             if grads.additional_keys is not None:
                 _add_far(grads.additional_keys, torch.bmm(d_far, far_query).mul_(problem.scale), unit)

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -220,6 +220,37 @@ def _cross(tables: list[Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Te
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """What is worked on at a time: of one loop tile, the inner tiles `tiles` of the groups `groups`.
+
+    It is all of them, or the boxes are of one batch entry and head. rows: the same as a slice of the boxes, None for
+    all; first, count: which of a box's keys.
+    """
+
+    number: int
+    groups: slice
+    tiles: slice
+    rows: slice | None
+    first: int
+    count: int
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Groups and tiles."""
+        return self.groups.stop - self.groups.start, self.tiles.stop - self.tiles.start
+
+    def queries(self, tiles: Sequence[Tensor]) -> Tensor:
+        """The chunk's part of query tiles [boxes, ...], given per loop tile."""
+        part = tiles[self.number]
+        return part if self.rows is None else part[self.rows]
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """The chunk's part of key boxes [boxes, keys, dim]."""
+        part = boxes.narrow(1, self.first, self.count)
+        return part if self.rows is None else part[self.rows]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A grid cut into tiles; see the module's text. The loop axis comes first; it may be one of size 1 of its own."""
 
@@ -232,28 +263,29 @@ class Plan:
     key_sums: tuple[tuple[Box, ...], ...]  # the same places, in pieces that hold no key twice
     key_once: bool  # every key is copied to exactly one place
     _masks: dict[tuple[int, int, bool], Tensor | None] = field(default_factory=dict)
+    _chunks: dict[tuple[bool, int, int], tuple[Chunk, ...]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def tiles(self) -> tuple[AxisTiles, ...]:
         """All axes, the loop first."""
         return (self.loop, *self.inner)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Dilation groups of all axes."""
         return math.prod(tiles.axis.groups for tiles in self.tiles)
 
-    @property
+    @cached_property
     def inner_tiles(self) -> int:
         """Inner tiles of one group."""
         return math.prod(len(tiles.first) for tiles in self.inner)
 
-    @property
+    @cached_property
     def inner_width(self) -> int:
         """Keys of a box per key of the loop axis."""
         return math.prod(tiles.widths[0] for tiles in self.inner)
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """Queries of a tile."""
         return math.prod(tiles.tile for tiles in self.tiles)
@@ -263,11 +295,12 @@ class Plan:
         width = self.inner_width
         return (self.loop.first[number] - self.span[0]) * width, self.loop.widths[number] * width
 
-    @property
+    @cached_property
     def most_keys(self) -> int:
         """Keys of the widest loop tile's boxes."""
         return max(self.loop.widths) * self.inner_width
 
+    @cached_property
     def joined_kinds(self) -> tuple[list[tuple[int, ...]], Tensor]:
         """A sample of each kind of inner tile (a tile number per inner axis), and the kind of every inner tile."""
         samples = list(itertools.product(*(tiles.sample for tiles in self.inner)))
@@ -275,6 +308,33 @@ class Plan:
         for tiles in self.inner:
             kinds = (kinds[:, None] * len(tiles.sample) + torch.tensor(tiles.kind)).flatten()
         return samples, kinds
+
+    def chunks(self, single: bool, rows: int, limit: int) -> tuple[Chunk, ...]:
+        """All loop tiles in chunks: of `limit` query-key pairs for a single batch entry and head, else one each.
+
+        rows: queries of a tile, once per query head.
+        """
+        name = (single, rows, limit)
+        if name not in self._chunks:
+            self._chunks[name] = tuple(self._cut(*name))
+        return self._chunks[name]
+
+    def _cut(self, single: bool, rows: int, limit: int) -> Iterator[Chunk]:
+        groups, tiles = self.groups, self.inner_tiles
+        for number in range(len(self.loop.first)):
+            keys = self.keys(number)
+            held = max(1, limit // (keys[1] * rows))
+            if not single or held >= groups * tiles:
+                yield Chunk(number, slice(0, groups), slice(0, tiles), None, *keys)
+                continue
+            at_once, part = max(1, held // tiles), min(held, tiles)
+            part = -(-tiles // -(-tiles // part))
+            for group in range(0, groups, at_once):
+                end = min(group + at_once, groups)
+                for tile in range(0, tiles, part):
+                    stop = min(tile + part, tiles)
+                    these = slice(group * tiles + tile, (end - 1) * tiles + stop)
+                    yield Chunk(number, slice(group, end), slice(tile, stop), these, *keys)
 
     def _tables(self, what: str, number: int) -> list[Tensor]:
         """Of one loop tile and every kind of inner tile, the table `what` of each axis."""
@@ -291,7 +351,7 @@ class Plan:
 
     def spread(self, table: Tensor) -> Tensor:
         """A table [groups, kinds, ...] for every inner tile."""
-        return table.index_select(1, self.joined_kinds()[1])
+        return table.index_select(1, self.joined_kinds[1])
 
     def allowed(self, number: int) -> Tensor:
         """[groups or 1, kinds, keys, queries] of a loop tile: the query sees the key."""

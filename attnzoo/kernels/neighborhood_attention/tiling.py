@@ -1,27 +1,30 @@
 """How the CPU path cuts a grid: tiles of queries, each with the smallest box of keys that holds all its windows.
 
-Every axis is cut into dilation groups and a group into tiles of one length, so that a box has no holes. One axis, the
-loop axis, is worked through tile by tile: its keys are copied once, and the tile at hand reads a range of them. Along
-the other axes, the inner ones, the boxes overlap and are copied with the overlap. What is copied has the layout
+Every axis is cut into dilation groups and a group into tiles of one length, so that a box has no holes. Along the
+inner axes the boxes overlap and are copied with the overlap. Along the loop axis (the first) keys are copied once: the
+boxes of consecutive tiles begin a tile's length apart in that copy, and so do those of consecutive strips (all tiles
+along the loop axis), so that any run of tiles is one batch of overlapping matrices. What is copied has the layout
 
-    queries  [loop tiles, B, heads_kv, *groups, *inner tiles, heads per key head, *queries of a tile per axis, dim]
+    queries  [B, heads_kv, *groups, *inner tiles, loop tiles, heads per key head, *queries of a tile per axis, dim]
     keys     [B, heads_kv, *groups, *inner tiles, keys of the loop axis, *keys of a box per inner axis, dim]
 
-so that all boxes of one loop tile are one batch of matrices with rows in a row: [B * heads_kv * groups * inner tiles,
-keys, dim]. Copies go piece by piece (`Piece`): rectangles whose coordinates advance evenly, which a strided view reads
-or writes. Places without a token (keys outside the grid, queries beyond a group's end) hold zeros; for border "zero"
-these are the zero keys that take softmax mass.
+A box at the end of a strip may reach into the next one, at places that no query of it sees. Copies go piece by piece
+(`Piece`): rectangles whose coordinates advance evenly, which a strided view reads or writes. Places without a token
+(keys outside the grid, queries beyond a group's end) hold zeros; for border "zero" these are the zero keys that take
+softmax mass.
 
 Tiles whose queries see the same places of their box are of one kind (`AxisTiles.kind`), and share tables.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,16 +87,43 @@ class Box:
         groups, tiles, places = (part.stop - part.start for part in (self.groups, self.tiles, self.places))
         return groups, tiles, places
 
+    def within(self, groups: slice, tiles: slice) -> Box | None:
+        """The part of it in ranges of groups and tiles."""
+        kept = []
+        for own, wanted in ((self.groups, groups), (self.tiles, tiles)):
+            kept.append(slice(max(own.start, wanted.start), min(own.stop, wanted.stop)))
+            if kept[-1].start >= kept[-1].stop:
+                return None
+        first = self.first + kept[0].start - self.groups.start + self.step * (kept[1].start - self.tiles.start)
+        return replace(self, groups=kept[0], tiles=kept[1], first=first)
+
+    def disjoint(self) -> list[Box]:
+        """The same tokens in boxes that hold none twice."""
+        step = self.step // self.dilation  # places from tile to tile
+        count = self.shape[1]
+        if count > 1 and step == 0:
+            ends = range(self.tiles.start, self.tiles.stop)
+            return [box for at in ends if (box := self.within(self.groups, slice(at, at + 1))) is not None]
+        length = step if count > 1 else max(1, self.shape[2])
+        return [
+            replace(
+                self,
+                places=slice(place, min(place + length, self.places.stop)),
+                first=self.first + self.dilation * (place - self.places.start),
+            )
+            for place in range(self.places.start, self.places.stop, length)
+        ]
+
     def coordinates(self) -> Iterator[int]:
         """The coordinates of all its tokens."""
         for group, tile, place in itertools.product(*map(range, self.shape)):
             yield self.first + group + self.step * tile + self.dilation * place
 
 
-def boxes(axis: Axis, first: list[int], width: int, disjoint: bool = False) -> tuple[Box, ...]:
+def boxes(axis: Axis, first: list[int], width: int) -> list[Box]:
     """The tokens of an axis cut into `width` places from position first[tile] on, of every dilation group.
 
-    Without the places that lie outside the grid. disjoint: no coordinate stands twice in one box.
+    Without the places that lie outside the grid.
     """
     found = []
     shorter = axis.size % axis.dilation if axis.size > axis.dilation else 0  # from this group on, a member fewer
@@ -102,78 +132,74 @@ def boxes(axis: Axis, first: list[int], width: int, disjoint: bool = False) -> t
         inside = [(max(0, -at), min(width, length - at)) for at in first]
         while tile < len(first) and begin < end:
             last = tile + 1
-            step = first[last] - first[tile] if last < len(first) else width
+            step = first[last] - first[tile] if last < len(first) else 0
             while last < len(first) and inside[last] == inside[tile] and first[last] - first[last - 1] == step:
                 last += 1
-            if disjoint and step == 0:
-                last = tile + 1
             low, high = inside[tile]
-            length_of_piece = step if disjoint and last - tile > 1 else max(1, width)
-            for place in range(low, high, length_of_piece):
-                found.append(
-                    Box(
-                        slice(begin, end),
-                        slice(tile, last),
-                        slice(place, min(place + length_of_piece, high)),
-                        begin + axis.dilation * (first[tile] + place),
-                        axis.dilation * step,
-                        axis.dilation,
-                    )
-                )
+            if low < high:
+                at = begin + axis.dilation * (first[tile] + low)
+                places, tiles = slice(low, high), slice(tile, last)
+                found.append(Box(slice(begin, end), tiles, places, at, axis.dilation * step, axis.dilation))
             tile = last
-    return tuple(found)
+    return found
 
 
 @dataclass(frozen=True)
 class AxisTiles:
-    """Tiles of one axis: T queries and a box of keys each. Positions count within a dilation group.
+    """Tiles of one axis: T queries and a box of W keys each. Positions count within a dilation group.
 
     Tables hold one group where all groups have the same.
     """
 
     axis: Axis
-    first: list[int]  # position of each box's first key
-    widths: list[int]  # keys of each box; on an inner axis all have as many as the widest
+    first: list[int]  # position of each box's first key; on the loop axis a tile's length apart, and maybe below 0
+    width: int  # W
     position: Tensor  # [tiles, T] of the queries
     start: Tensor  # [groups, tiles, T] position of the window's slot 0; beyond a group's end its last query stands again
     low: Tensor  # [groups, tiles, T] first and
     high: Tensor  # [groups, tiles, T] last position that takes part
     kind: list[int]  # tiles of one kind have equal tables
-    sample: list[int]  # a tile of each kind
 
     @property
     def tile(self) -> int:
         """T, the queries of a tile."""
         return self.position.shape[1]
 
-    def _keys(self, tiles: list[int]) -> Tensor:
-        """[tiles, W, 1] key positions of the given tiles' boxes."""
-        begin = torch.tensor([self.first[tile] for tile in tiles])
-        return begin[:, None, None] + torch.arange(self.widths[tiles[0]])[:, None]
+    @property
+    def count(self) -> int:
+        """Tiles of a group."""
+        return len(self.first)
 
-    def allowed(self, tiles: list[int]) -> Tensor:
+    def _keys(self, tiles: slice) -> Tensor:
+        """[tiles, W, 1] key positions of the given tiles' boxes."""
+        return torch.tensor(self.first[tiles])[:, None, None] + torch.arange(self.width)[:, None]
+
+    def allowed(self, tiles: slice) -> Tensor:
         """[groups, tiles, W, T]: the query sees the key."""
         keys = self._keys(tiles)
         return (keys >= self.low[:, tiles, None]) & (keys <= self.high[:, tiles, None])
 
-    def offset(self, tiles: list[int]) -> Tensor:
+    def offset(self, tiles: slice) -> Tensor:
         """[1, tiles, W, T]: index into an offset bias along this axis, clamped where the key is not seen."""
         relative = self._keys(tiles) - self.position[tiles, None] + self.axis.kernel_size - 1
         return relative.clamp_(0, 2 * self.axis.kernel_size - 2)[None]
 
-    def slot(self, tiles: list[int]) -> Tensor:
+    def slot(self, tiles: slice) -> Tensor:
         """[groups, tiles, W, T]: window slot of the key, clamped where it is not seen."""
         return (self._keys(tiles) - self.start[:, tiles, None]).clamp_(0, self.axis.kernel_size - 1)
 
-    def place(self, tiles: list[int]) -> Tensor:
-        """[groups, tiles, K, T]: where in the box each slot's key stands, clamped where the slot takes no part."""
-        slots = self.start[:, tiles, None] + torch.arange(self.axis.kernel_size)[:, None]
-        begin = torch.tensor([self.first[tile] for tile in tiles])[:, None, None]
-        return (slots - begin).clamp_(0, self.widths[tiles[0]] - 1)
+    def _slots(self, tiles: slice) -> Tensor:
+        """[groups, tiles, K, T]: positions of the windows' slots."""
+        return self.start[:, tiles, None] + torch.arange(self.axis.kernel_size)[:, None]
 
-    def present(self, tiles: list[int]) -> Tensor:
+    def place(self, tiles: slice) -> Tensor:
+        """[groups, tiles, K, T]: where in the box each slot's key stands, clamped where the slot takes no part."""
+        begin = torch.tensor(self.first[tiles])[:, None, None]
+        return (self._slots(tiles) - begin).clamp_(0, self.width - 1)
+
+    def present(self, tiles: slice) -> Tensor:
         """[groups, tiles, K, T]: the slot takes part."""
-        slots = self.start[:, tiles, None] + torch.arange(self.axis.kernel_size)[:, None]
+        slots = self._slots(tiles)
         return (slots >= self.low[:, tiles, None]) & (slots <= self.high[:, tiles, None])
 
 
@@ -189,65 +215,50 @@ def axis_tiles(axis: Axis, tile: int, inner: bool) -> AxisTiles:
     coordinate = torch.arange(axis.groups)[:, None] + axis.dilation * torch.minimum(position, lengths - 1)
     tables = [table[coordinate].view(-1, count, tile) for table in (windows.start, windows.low, windows.high)]
     lowest, highest = tables[1].amin((0, 2)), tables[2].amax((0, 2))
-    widths, first = highest - lowest + 1, lowest
     if inner:  # at the end a box of full width moves inward, so that fewer of its places lie outside the grid
-        widest = widths.amax()
-        first = torch.minimum(lowest, torch.maximum(highest.amax() + 1 - widest, lowest.amin()))
-        widths = widest.expand(count)
+        width = int((highest - lowest + 1).amax())
+        first = torch.minimum(lowest, torch.maximum(highest.amax() + 1 - width, lowest.amin()))
+    else:
+        evenly = torch.arange(count) * tile
+        first = evenly + (lowest - evenly).amin()
+        width = int((highest - first + 1).amax())
     if all(bool((table == table[:1]).all()) for table in tables):
         tables = [table[:1] for table in tables]
     position = position.view(count, tile)
     relative = [(table - first[:, None]).transpose(0, 1).flatten(1) for table in (*tables, position[None])]
     names: dict[tuple[int, ...], int] = {}
-    kind = []
-    for row in torch.cat([*relative, widths[:, None]], 1).tolist():
-        kind.append(names.setdefault(tuple(row), len(names)))
-    sample = [kind.index(number) for number in range(len(names))]
-    return AxisTiles(axis, first.tolist(), widths.tolist(), position, *tables, kind, sample)
-
-
-def _cross(tables: list[Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """One table per axis, [groups, tiles, W, T] each, as one of the same four axes, every one the product of theirs.
-
-    An axis whose table holds one group is joined with every group of the others.
-    """
-    joined = tables[0]
-    for table in tables[1:]:
-        left = joined[:, None, :, None, :, None, :, None]
-        made = join(left, table[None, :, None, :, None, :, None, :])
-        joined = made.flatten(6, 7).flatten(4, 5).flatten(2, 3).flatten(0, 1)
-    return joined
+    kind = [names.setdefault(tuple(row), len(names)) for row in torch.cat(relative, 1).tolist()]
+    return AxisTiles(axis, first.tolist(), width, position, *tables, kind)
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What is worked on at a time: of one loop tile, the inner tiles `tiles` of the groups `groups`.
+class Piece:
+    """A rectangle of a cut: where it stands in a copy, and which tokens it holds.
 
-    It is all of them, or the boxes are of one batch entry and head. rows: the same as a slice of the boxes, None for
-    all; first, count: which of a box's keys.
+    index: slices of the copy's [*groups, *inner tiles, *places] (keys) or [*groups, *inner tiles, loop tiles, *places]
+    (queries). Per axis: groups, tiles, places in `shapes`, the first coordinate, and the coordinate's steps in `boxes`.
     """
 
-    number: int
-    groups: slice
-    tiles: slice
-    rows: slice | None
-    first: int
-    count: int
+    index: tuple[slice, ...]
+    boxes: tuple[Box, ...]
+
+    @property
+    def size(self) -> int:
+        """How many tokens."""
+        return math.prod(math.prod(box.shape) for box in self.boxes)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The groups and inner tiles that are copied together: a range per axis each."""
+
+    groups: tuple[slice, ...]
+    tiles: tuple[slice, ...]
 
     @cached_property
-    def shape(self) -> tuple[int, int]:
-        """Groups and tiles."""
-        return self.groups.stop - self.groups.start, self.tiles.stop - self.tiles.start
-
-    def queries(self, tiles: Sequence[Tensor]) -> Tensor:
-        """The chunk's part of query tiles [boxes, ...], given per loop tile."""
-        part = tiles[self.number]
-        return part if self.rows is None else part[self.rows]
-
-    def boxes(self, boxes: Tensor) -> Tensor:
-        """The chunk's part of key boxes [boxes, keys, dim]."""
-        part = boxes.narrow(1, self.first, self.count)
-        return part if self.rows is None else part[self.rows]
+    def shape(self) -> tuple[int, ...]:
+        """Groups per axis, then tiles per inner axis."""
+        return tuple(part.stop - part.start for part in (*self.groups, *self.tiles))
 
 
 @dataclass(frozen=True)
@@ -257,136 +268,165 @@ class Plan:
     loop: AxisTiles
     inner: tuple[AxisTiles, ...]
     own_loop: bool  # the grid has no axis for the loop
-    span: tuple[int, int]  # first position of the loop axis's keys, and how many are copied
-    query_pieces: tuple[tuple[Box, ...], ...]
-    key_pieces: tuple[tuple[Box, ...], ...]
-    key_sums: tuple[tuple[Box, ...], ...]  # the same places, in pieces that hold no key twice
     key_once: bool  # every key is copied to exactly one place
-    _masks: dict[tuple[int, int, bool], Tensor | None] = field(default_factory=dict)
-    _chunks: dict[tuple[bool, int, int], tuple[Chunk, ...]] = field(default_factory=dict)
+    _kept: dict[tuple, Any] = field(default_factory=dict)
 
     @cached_property
-    def tiles(self) -> tuple[AxisTiles, ...]:
+    def axes(self) -> tuple[AxisTiles, ...]:
         """All axes, the loop first."""
         return (self.loop, *self.inner)
 
     @cached_property
-    def groups(self) -> int:
-        """Dilation groups of all axes."""
-        return math.prod(tiles.axis.groups for tiles in self.tiles)
+    def groups(self) -> tuple[int, ...]:
+        """Dilation groups per axis."""
+        return tuple(tiles.axis.groups for tiles in self.axes)
 
     @cached_property
-    def inner_tiles(self) -> int:
-        """Inner tiles of one group."""
-        return math.prod(len(tiles.first) for tiles in self.inner)
+    def one_group(self) -> bool:
+        """Whether tables are the same for all groups."""
+        return all(len(tiles.low) == 1 for tiles in self.axes)
 
     @cached_property
-    def inner_width(self) -> int:
-        """Keys of a box per key of the loop axis."""
-        return math.prod(tiles.widths[0] for tiles in self.inner)
+    def strip(self) -> int:
+        """Keys of the loop axis that are copied per strip: whole tiles."""
+        return self.loop.count * self.loop.tile
+
+    @cached_property
+    def row(self) -> int:
+        """Keys of a strip or box per key of the loop axis."""
+        return math.prod(tiles.width for tiles in self.inner)
 
     @cached_property
     def queries(self) -> int:
         """Queries of a tile."""
-        return math.prod(tiles.tile for tiles in self.tiles)
-
-    def keys(self, number: int) -> tuple[int, int]:
-        """Of a loop tile: the first of its keys among those that are copied, and their number."""
-        width = self.inner_width
-        return (self.loop.first[number] - self.span[0]) * width, self.loop.widths[number] * width
+        return math.prod(tiles.tile for tiles in self.axes)
 
     @cached_property
-    def most_keys(self) -> int:
-        """Keys of the widest loop tile's boxes."""
-        return max(self.loop.widths) * self.inner_width
+    def keys(self) -> int:
+        """Keys of a box."""
+        return self.loop.width * self.row
 
     @cached_property
-    def joined_kinds(self) -> tuple[list[tuple[int, ...]], Tensor]:
-        """A sample of each kind of inner tile (a tile number per inner axis), and the kind of every inner tile."""
-        samples = list(itertools.product(*(tiles.sample for tiles in self.inner)))
-        kinds = torch.zeros(1, dtype=torch.long)
-        for tiles in self.inner:
-            kinds = (kinds[:, None] * len(tiles.sample) + torch.tensor(tiles.kind)).flatten()
-        return samples, kinds
+    def margin(self) -> tuple[int, int]:
+        """Keys of the loop axis that boxes read before the first strip and after the last."""
+        first = self.loop.first
+        return max(0, -first[0]), max(0, first[-1] + self.loop.width - self.strip)
 
-    def chunks(self, single: bool, rows: int, limit: int) -> tuple[Chunk, ...]:
-        """All loop tiles in chunks: of `limit` query-key pairs for a single batch entry and head, else one each.
+    def regions(self, most: int) -> tuple[Region, ...]:
+        """All groups and inner tiles in regions of about `most` strips, at least one."""
+        name = ("regions", most)
+        if name not in self._kept:
+            counts = [*self.groups, *(tiles.count for tiles in self.inner)]
+            steps, rest = [], math.prod(counts)
+            for count in counts:
+                rest //= count
+                parts = -(-count // max(1, min(count, most // rest)))
+                steps.append(-(-count // parts))
+            ranges = [
+                [slice(at, min(at + step, count)) for at in range(0, count, step)] for count, step in zip(counts, steps)
+            ]
+            rank = len(self.axes)
+            self._kept[name] = tuple(Region(cut[:rank], cut[rank:]) for cut in itertools.product(*ranges))
+        return self._kept[name]
 
-        rows: queries of a tile, once per query head.
-        """
-        name = (single, rows, limit)
-        if name not in self._chunks:
-            self._chunks[name] = tuple(self._cut(*name))
-        return self._chunks[name]
+    def pieces(self, region: Region, what: str) -> tuple[Piece, ...]:
+        """A region's pieces: of "queries", of "keys", or of "sums", which are keys' that hold no token twice."""
+        name = (what, *(part.start for part in (*region.groups, *region.tiles)), *region.shape)
+        if name not in self._kept:
+            self._kept[name] = tuple(self._pieces(region, what))
+        return self._kept[name]
 
-    def _cut(self, single: bool, rows: int, limit: int) -> Iterator[Chunk]:
-        groups, tiles = self.groups, self.inner_tiles
-        for number in range(len(self.loop.first)):
-            keys = self.keys(number)
-            held = max(1, limit // (keys[1] * rows))
-            if not single or held >= groups * tiles:
-                yield Chunk(number, slice(0, groups), slice(0, tiles), None, *keys)
-                continue
-            at_once, part = max(1, held // tiles), min(held, tiles)
-            part = -(-tiles // -(-tiles // part))
-            for group in range(0, groups, at_once):
-                end = min(group + at_once, groups)
-                for tile in range(0, tiles, part):
-                    stop = min(tile + part, tiles)
-                    these = slice(group * tiles + tile, (end - 1) * tiles + stop)
-                    yield Chunk(number, slice(group, end), slice(tile, stop), these, *keys)
+    def _pieces(self, region: Region, what: str) -> Iterator[Piece]:
+        cuts = []
+        for number, tiles in enumerate(self.axes):
+            if what == "queries":
+                cut = boxes(tiles.axis, [tiles.tile * at for at in range(tiles.count)], tiles.tile)
+            elif number == 0:
+                cut = boxes(tiles.axis, [0], self.strip)
+            else:
+                cut = boxes(tiles.axis, tiles.first, tiles.width)
+            wanted = slice(0, tiles.count) if number == 0 else region.tiles[number - 1]
+            parts = [box.within(region.groups[number], wanted) for box in cut]
+            split = [part for part in parts if part is not None]
+            cuts.append(split if what != "sums" else [small for part in split for small in part.disjoint()])
+        for combination in itertools.product(*cuts):
+            pairs = list(zip(combination, (region.groups[0], *region.groups[1:]), (slice(0, 0), *region.tiles)))
+            index = [_shifted(box.groups, group.start) for box, group, _ in pairs]
+            index += [_shifted(box.tiles, tile.start) for box, _, tile in pairs[1:]]
+            if what == "queries":
+                index.append(combination[0].tiles)
+            yield Piece((*index, *(box.places for box in combination)), combination)
 
-    def _tables(self, what: str, number: int) -> list[Tensor]:
-        """Of one loop tile and every kind of inner tile, the table `what` of each axis."""
-        tables = [getattr(self.loop, what)([number])]
-        return [*tables, *(getattr(tiles, what)(tiles.sample) for tiles in self.inner)]
+    def _joined(self, what: str, region: Region, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """The axes' tables `what` as one [groups or 1, tiles, W, T], tiles by inner axes and then the loop's."""
+        rank, tables = len(self.axes), []
+        for number, tiles in enumerate(self.axes):
+            table = getattr(tiles, what)(slice(0, tiles.count) if number == 0 else region.tiles[number - 1])
+            if not self.one_group:
+                table = table.expand(tiles.axis.groups, *table.shape[1:])[region.groups[number]]
+            shape = [1] * 4 * rank
+            for part, place in zip(table.shape, (number, rank + (number - 1) % rank, 2 * rank + number)):
+                shape[place] = part
+            shape[3 * rank + number] = table.shape[3]
+            tables.append(table.reshape(shape))
+        made = join(tables)
+        for part in range(3, -1, -1):
+            made = made.flatten(part * rank, part * rank + rank - 1)
+        return made
 
-    def _index(self, what: str, number: int, radix: Callable[[AxisTiles], int]) -> Tensor:
-        """Index tables of all axes as one, row-major in the axes' `radix`."""
-        joined, *others = self._tables(what, number)
-        for table, tiles in zip(others, self.inner):
-            base = radix(tiles)
-            joined = _cross([joined, table], lambda a, b, base=base: a * base + b)  # type: ignore[misc]
-        return joined
+    def kinds(self, region: Region) -> tuple:
+        """What a region's tables depend on."""
+        kinds = tuple(tuple(tiles.kind[part]) for tiles, part in zip(self.inner, region.tiles))
+        return kinds if self.one_group else (*kinds, *(part.start for part in region.groups), region.shape)
 
-    def spread(self, table: Tensor) -> Tensor:
-        """A table [groups, kinds, ...] for every inner tile."""
-        return table.index_select(1, self.joined_kinds[1])
+    def allowed(self, region: Region) -> Tensor:
+        """[groups or 1, tiles, keys, queries]: the query sees the key."""
+        return self._joined("allowed", region, lambda tables: functools.reduce(torch.logical_and, tables))
 
-    def allowed(self, number: int) -> Tensor:
-        """[groups or 1, kinds, keys, queries] of a loop tile: the query sees the key."""
-        return _cross(self._tables("allowed", number), torch.logical_and)
-
-    def mask(self, number: int, repeats: int, added: bool) -> Tensor | None:
-        """[groups or 1, inner tiles, keys, repeats * queries] of a loop tile; None where all is allowed.
+    def mask(self, region: Region, repeats: int, added: bool) -> Tensor | None:
+        """[groups or 1, tiles, keys, repeats * queries] of a region; None where all is allowed.
 
         To multiply weights with, 1 where allowed and 0 elsewhere; or, `added`, to add to logits, 0 and -inf.
         """
-        name = (self.loop.kind[number], repeats, added)
-        if name in self._masks:
-            return self._masks[name]
-        allowed, made = self.allowed(number), None
+        name = ("mask", self.kinds(region), repeats, added)
+        if name in self._kept:
+            return self._kept[name]
+        allowed, made = self.allowed(region), None
         if not bool(allowed.all()):
             table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
-            made = self.spread(table.repeat(1, 1, 1, repeats))
-        held = sum(mask.numel() for mask in self._masks.values() if mask is not None)
+            made = table.repeat(1, 1, 1, repeats)
+        held = sum(mask.numel() for key, mask in self._kept.items() if key[0] == "mask" and mask is not None)
         if made is None or held + made.numel() <= _KEPT:
-            self._masks[name] = made
+            self._kept[name] = made
         return made
 
-    def offset(self, number: int) -> Tensor:
-        """[kinds, keys, queries]: linear index into an offset bias."""
-        return self._index("offset", number, lambda tiles: 2 * tiles.axis.kernel_size - 1)[0]
+    def _index(self, what: str, region: Region, radix: Callable[[AxisTiles], int]) -> Tensor:
+        """Index tables of all axes as one, row-major in the axes' `radix`."""
 
-    def slot(self, number: int) -> Tensor:
-        """[groups or 1, inner tiles, keys, queries]: the window slot."""
-        return self.spread(self._index("slot", number, lambda tiles: tiles.axis.kernel_size))
+        def join(tables: list[Tensor]) -> Tensor:
+            joined = tables[0]
+            for table, tiles in zip(tables[1:], self.inner):
+                joined = joined * radix(tiles) + table
+            return joined
 
-    def place(self, number: int) -> tuple[Tensor, Tensor]:
-        """[groups or 1, inner tiles, slots, queries]: where in the box each slot's key stands, and if it takes part."""
-        at = self._index("place", number, lambda tiles: tiles.widths[0])
-        present = _cross(self._tables("present", number), torch.logical_and)
-        return self.spread(at), self.spread(present)
+        return self._joined(what, region, join)
+
+    def offset(self, region: Region) -> Tensor:
+        """[tiles, keys, queries]: linear index into an offset bias."""
+        return self._index("offset", region, lambda tiles: 2 * tiles.axis.kernel_size - 1)[0]
+
+    def slot(self, region: Region) -> Tensor:
+        """[groups or 1, tiles, keys, queries]: the window slot."""
+        return self._index("slot", region, lambda tiles: tiles.axis.kernel_size)
+
+    def place(self, region: Region) -> tuple[Tensor, Tensor]:
+        """[groups or 1, tiles, slots, queries]: where in the box each slot's key stands, and whether it takes part."""
+        present = self._joined("present", region, lambda tables: functools.reduce(torch.logical_and, tables))
+        return self._index("place", region, lambda tiles: tiles.width), present
+
+
+def _shifted(part: slice, by: int) -> slice:
+    return slice(part.start - by, part.stop - by)
 
 
 @lru_cache(maxsize=512)
@@ -400,21 +440,17 @@ def _tile_shape(axes: tuple[Axis, ...], matrices: int, repeats: int, head_dim: i
         longest, found = axis.length(0), []
         for size in sorted({min(size, longest) for size in _SIZES}):
             tiles = axis_tiles(axis, size, number > 0)
-            keys = sum(tiles.widths)
-            found.append((tiles.tile, len(tiles.first), keys, keys if number else longest, axis.groups))
+            copied = tiles.count * (tiles.width if number else tiles.tile)
+            found.append((tiles.tile, tiles.count, tiles.width, copied, axis.groups))
         choices.append(found)
     best, shape = math.inf, (1,) * len(axes)
     for choice in itertools.product(*choices):
-        queries, tiles, keys, copied, groups = (math.prod(part) for part in zip(*choice))if False else (
-            math.prod(part) for part in zip(*choice)
-        )
-        rows, boxes_at_once = queries * repeats, matrices * groups
+        queries, count, keys, copied, groups = (math.prod(part) for part in zip(*choice))
+        rows, strips = queries * repeats, matrices * groups
         lanes = -(-rows // _LANES) * _LANES
-        pairs = keys * rows
-        cost = keys * head_dim * _PRODUCT_COST * (lanes + rows) + _SOFTMAX_COST * pairs + _TILE_COST * tiles
-        cost += 2 * _COPY_COST * head_dim * (copied + rows * tiles)
-        calls = max(choice[0][1], pairs * boxes_at_once / CHUNK)
-        cost = cost * boxes_at_once + _CHUNK_COST * calls
+        cost = keys * head_dim * _PRODUCT_COST * (lanes + rows) + _SOFTMAX_COST * keys * rows + _TILE_COST
+        cost = cost * count + 2 * _COPY_COST * head_dim * (copied + rows * count)
+        cost = cost * strips + _CHUNK_COST * max(1.0, count * keys * rows * strips / CHUNK)
         if cost < best:
             best, shape = cost, tuple(part[0] for part in choice)
     return best, shape
@@ -423,40 +459,31 @@ def _tile_shape(axes: tuple[Axis, ...], matrices: int, repeats: int, head_dim: i
 @lru_cache(maxsize=128)
 def _plan(axes: tuple[Axis, ...], own_loop: bool, shape: tuple[int, ...]) -> Plan:
     loop, *inner = (axis_tiles(axis, size, number > 0) for number, (axis, size) in enumerate(zip(axes, shape)))
-    begin = min(loop.first)
-    span = (begin, max(first + width for first, width in zip(loop.first, loop.widths)) - begin)
-    key_cuts = [(loop.axis, [begin], span[1]), *((tiles.axis, tiles.first, tiles.widths[0]) for tiles in inner)]
-    query_cuts = [(t.axis, list(range(0, t.position.numel(), t.tile)), t.tile) for t in (loop, *inner)]
-    key_sums = [boxes(*cut, disjoint=True) for cut in key_cuts]
     once = all(
-        sorted(at for box in found for at in box.coordinates()) == list(range(cut[0].size))
-        for found, cut in zip(key_sums, key_cuts)
+        sorted(at for box in boxes(t.axis, t.first, t.width) for at in box.coordinates()) == list(range(t.axis.size))
+        for t in inner
     )
-    return Plan(
-        loop,
-        tuple(inner),
-        own_loop,
-        span,
-        tuple(itertools.product(*(boxes(*cut) for cut in query_cuts))),
-        tuple(itertools.product(*(boxes(*cut) for cut in key_cuts))),
-        tuple(itertools.product(*key_sums)),
-        once,
-    )
+    return Plan(loop, tuple(inner), own_loop, once)
 
 
-def plan(problem: Problem, tile: tuple[int, ...] | None = None) -> Plan:
-    """The cut for `problem`; `tile` (queries per axis) overrides the cost model, the loop is then the first axis."""
+def plan(problem: Problem, tile: tuple[int, ...] | None = None, separate: bool = False) -> Plan:
+    """The cut for `problem`; `tile` (queries per axis) overrides the cost model.
+
+    separate: boxes hold no places of other strips (there is no loop axis but one of its own).
+    """
     axes = tuple(
         Axis(size, kernel_size, stride, dilation, is_causal, problem.border)
         for size, kernel_size, stride, dilation, is_causal in zip(
             problem.grid, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal
         )
     )
+    alone = (Axis(1, 1), *axes)
+    if axes[0].border == "zero" and not axes[0].is_causal and axes[0].kernel_size > 1:
+        separate = True  # zero keys would have to stand between the strips
     if tile is not None:
-        return _plan(axes, False, tile)
+        return _plan(alone, True, (1, *tile)) if separate else _plan(axes, False, tile)
     matrices = 1 << (max(1, problem.batch) * problem.num_heads_kv - 1).bit_length()
     work = matrices, problem.num_heads // problem.num_heads_kv, (problem.head_dim + problem.head_dim_v) // 2
-    alone = (Axis(1, 1), *axes)
-    found = [(*_tile_shape(cut, *work), cut) for cut in (axes, alone)]
+    found = [(*_tile_shape(cut, *work), cut) for cut in ((alone,) if separate else (axes, alone))]
     _, shape, cut = min(found, key=lambda each: each[0])
-    return _plan(cut, cut is alone, shape)
+    return _plan(cut, len(cut) > len(axes), shape)

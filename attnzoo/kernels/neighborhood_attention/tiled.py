@@ -26,7 +26,7 @@ from torch import Tensor
 
 from attnzoo.kernels.neighborhood_attention import tiling
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.tiling import Piece, Plan, Region, plan
+from attnzoo.kernels.neighborhood_attention.tiling import Plan, Region, plan
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _SAFE = 40.0  # of lse: a weight that is lost at exp(-87) is then below every result's rounding
@@ -83,6 +83,7 @@ class _Call:
         # pairs worked on at a time, more where threads share them
         self.chunk = max(1, tiling.CHUNK * torch.get_num_threads() // share)
         self._tables: dict[tuple, Tensor] = {}
+        self._parts: dict[tuple[int, int, int, bool], Tensor | None] = {}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         if not hasattr(_kept, "memory"):
             _kept.memory = {}
@@ -136,86 +137,50 @@ class _Call:
 
     # -- copies
 
-    def _view(self, tensor: Tensor, unit: _Unit, piece: Piece, queries: bool) -> Tensor:
-        """A piece of [B, *grid, heads, dim] in the order of the copies (module `tiling`), a strided view."""
-        batch, *axes, heads, last = tensor.stride()
-        if self.plan.own_loop:
-            axes.insert(0, 0)
-        repeats = self.repeats if queries else 1
-        start = tensor.storage_offset() + unit.batch.start * batch + unit.heads.start * repeats * heads
-        sizes, strides = [*unit.shape], [batch, heads * repeats]
-        tiles: list[tuple[int, int]] = []
-        places: list[tuple[int, int]] = []
-        for stride, box in zip(axes, piece.boxes):
-            groups, count, width = box.shape
-            start += stride * box.first
-            sizes.append(groups)
-            strides.append(stride)
-            tiles.append((count, stride * box.step))
-            places.append((width, stride * box.dilation))
-        inner = [*tiles[1:], tiles[0], (repeats, heads)] if queries else tiles[1:]
-        for size, stride in (*inner, *places):
-            sizes.append(size)
-            strides.append(stride)
-        return tensor.as_strided((*sizes, tensor.shape[-1]), (*strides, last), start)
-
-    def _part(self, copy: Tensor, piece: Piece, queries: bool) -> Tensor:
-        """The same piece of a copy."""
-        index = piece.index
-        if queries:
-            places = len(piece.boxes)
-            index = (*index[:-places], slice(None), *index[-places:])
-        return copy[(slice(None), slice(None), *index)]
-
-    def _shape(self, unit: _Unit, queries: bool) -> tuple[int, ...]:
-        """The shape of a copy, but for the last dimension."""
-        cut = self.plan
-        if queries:
-            return (*unit.shape, *unit.region.shape, cut.loop.count, self.repeats, *(t.tile for t in cut.axes))
-        return (*unit.shape, *unit.region.shape, cut.strip, *(t.width for t in cut.inner))
+    def _start(self, tensor: Tensor, unit: _Unit, repeats: int) -> int:
+        """Where a unit's batch entries and heads begin in a tensor [B, *grid, heads, dim]."""
+        start = unit.heads.start * repeats * tensor.stride(-2) + unit.batch.start * tensor.stride(0)
+        return start + tensor.storage_offset()
 
     def _copy(self, copy: Tensor, tensor: Tensor, unit: _Unit, queries: bool) -> None:
-        pieces = self.plan.pieces(unit.region, "queries" if queries else "keys")
-        held = sum(piece.size for piece in pieces) * unit.matrices * tensor.shape[-1]
-        if held * (self.repeats if queries else 1) < copy.numel():
+        lead = (*unit.shape, self.repeats if queries else 1)
+        what = "queries" if queries else "keys"
+        moves, complete = self.plan.moves(what, unit.region, lead, tensor.stride(), tensor.shape[-1])
+        if not complete:
             copy.zero_()  # somewhere there is no token
-        elif len(pieces) == 1:
-            copy.copy_(self._view(tensor, unit, pieces[0], queries))
-            return
-        for piece in pieces:
-            self._part(copy, piece, queries).copy_(self._view(tensor, unit, piece, queries))
+        start = self._start(tensor, unit, lead[2])
+        for move in moves:
+            move.of_copy(copy).copy_(move.of(tensor, start))
 
     def query_tiles(self, name: str, tensor: Tensor, unit: _Unit) -> Tensor:
         """A copy of [B, *grid, heads, dim] as [tiles, queries, dim]."""
-        copy = self.scratch(name, *self._shape(unit, True), tensor.shape[-1])
+        copy = self.scratch(name, unit.strips * self.plan.loop.count, self.rows, tensor.shape[-1])
         self._copy(copy, tensor, unit, True)
-        return copy.view(-1, self.rows, tensor.shape[-1])
+        return copy
 
     def key_boxes(self, name: str, tensor: Tensor, unit: _Unit) -> Tensor:
         """A copy of [B, *grid, heads_kv, dim] as overlapping [tiles, keys, dim]."""
         cut, dim = self.plan, tensor.shape[-1]
-        before, after = (rows * cut.row * dim for rows in cut.margin)
-        shape = (*self._shape(unit, False), dim)
-        size = math.prod(shape)
+        before, size, after = (rows * cut.row * dim for rows in (cut.margin[0], unit.strips * cut.strip, cut.margin[1]))
         flat = self.scratch(name, before + size + after)
-        if before or after:  # what is read there counts for nothing, but must be finite
+        if before:  # what is read there counts for nothing, but must be finite
             flat[:before].zero_()
+        if after:
             flat[before + size :].zero_()
-        self._copy(flat[before : before + size].view(shape), tensor, unit, False)
+        self._copy(flat[before : before + size], tensor, unit, False)
         step = cut.loop.tile * cut.row * dim
         start = flat.storage_offset() + before + cut.loop.first[0] * cut.row * dim
         return flat.as_strided((unit.strips * cut.loop.count, cut.keys, dim), (step, dim, 1), start)
 
     def put(self, made: Tensor, whole: Tensor, unit: _Unit, factor: Tensor | float = 1.0, add: bool = False) -> None:
-        """Write (or add) query tiles, times a factor, into [B, *grid, heads, dim]."""
-        shape = self._shape(unit, True)
-        made = made.view(*shape, made.shape[-1])
-        if isinstance(factor, Tensor):
-            factor = factor.view(*shape, 1)
-        for piece in self.plan.pieces(unit.region, "queries"):
-            part, goal = self._part(made, piece, True), self._view(whole, unit, piece, True)
+        """Write (or add) query tiles, times a factor (of each row), into [B, *grid, heads, dim]."""
+        lead = (*unit.shape, self.repeats)
+        moves, _ = self.plan.moves("queries", unit.region, lead, whole.stride(), whole.shape[-1])
+        start = self._start(whole, unit, self.repeats)
+        for move in moves:
+            part, goal = move.of_copy(made), move.of(whole, start)
             if isinstance(factor, Tensor):
-                torch.mul(part, self._part(factor, piece, True), out=goal)
+                torch.mul(part, move.of_factor(factor), out=goal)
             elif add:
                 goal.add_(part, alpha=factor)
             elif factor != 1.0:
@@ -228,9 +193,10 @@ class _Call:
 
         Written where each key is in one box.
         """
-        made = made.view(*self._shape(unit, False), made.shape[-1])
-        for piece in self.plan.pieces(unit.region, "sums"):
-            goal, part = self._view(whole, unit, piece, False), self._part(made, piece, False)
+        moves, _ = self.plan.moves("sums", unit.region, (*unit.shape, 1), whole.stride(), whole.shape[-1])
+        start = self._start(whole, unit, 1)
+        for move in moves:
+            part, goal = move.of_copy(made), move.of(whole, start)
             if self.plan.key_once:
                 torch.mul(part, factor, out=goal)
             else:
@@ -265,15 +231,27 @@ class _Call:
         """The part of a table [..., groups or 1, tiles, a, b] for a range of a unit's tiles."""
         return table if unit.strips > 1 else table[..., tiles, :, :]
 
-    def table(self, unit: _Unit, tiles: slice, bias: Tensor | None, added: bool) -> Tensor | None:
-        """What a chunk's weights are multiplied with, or what is added to its logits over log 2; None: nothing.
+    def apply(self, logits: Tensor, unit: _Unit, tiles: slice, bias: Tensor | None, added: bool) -> None:
+        """Multiply a chunk's weights with 0 where a query doesn't see a key, else exp(bias).
 
-        [heads or none, groups or 1, tiles of a group, keys, queries].
+        Or, `added`: add -inf, or the bias over log 2, to its logits.
         """
-        made = self.plan.mask(unit.region, self.repeats, added)
-        if bias is not None:
-            made = self._bias_table(bias, unit, added)
-        return None if made is None else self.of_chunk(made, unit, tiles)
+        name = (unit.region.number, unit.heads.start, tiles.start, added)
+        if name in self._parts:
+            part = self._parts[name]
+        else:
+            table = self.plan.mask(unit.region, self.repeats, added)
+            if bias is not None:
+                table = self._bias_table(bias, unit, added)
+            part = None if table is None else self.of_chunk(table, unit, tiles).flatten(-3)
+            self._parts[name] = part  # a view of a table that is kept, or within the limit on those of this call
+        if part is None:
+            return
+        whole = logits.view(*unit.shape, unit.groups, -1)
+        if added:
+            whole.add_(part)
+        else:
+            whole.mul_(part)
 
     def _bias_table(self, bias: Tensor, unit: _Unit, added: bool) -> Tensor:
         """The offset bias, its exponential or over log 2, -inf or 0 where a key is not seen."""
@@ -300,11 +278,8 @@ class _Call:
 
         rows: the query tiles of a bias by query, over log 2; of one batch entry where all share a bias.
         """
-        whole = self.whole(logits, unit)
         if rows is None:
-            table = self.table(unit, tiles, bias, added=True)
-            if table is not None:
-                whole.add_(table)
+            self.apply(logits, unit, tiles, bias, added=True)
             return
         lead = (unit.shape[0] if bias is not None and bias.shape[0] > 1 else 1, unit.shape[1])
         at = rows if unit.strips > 1 else rows[tiles]
@@ -313,7 +288,7 @@ class _Call:
         mask = self.plan.mask(unit.region, self.repeats, added=True)
         if mask is not None:
             taken.masked_fill_(self.of_chunk(mask, unit, tiles) < 0, -math.inf)
-        whole.add_(taken)
+        self.whole(logits, unit).add_(taken)
 
     def take_slots(self, grad: Tensor, goal: Tensor, unit: _Unit, tiles: slice) -> None:
         """The gradient of a chunk's logits [tiles, keys, queries] by window slot, into goal [tiles, queries, slots]."""
@@ -325,7 +300,7 @@ class _Call:
     def put_bias(self, made: Tensor, whole: Tensor, unit: _Unit) -> None:
         """Add query tiles of slots to the gradient of a bias by query, [B or 1, *grid, heads, slots]."""
         if whole.shape[0] == 1:
-            made = made.view(unit.shape[0], -1, made.shape[-1]).sum(0)
+            made = made.view(unit.shape[0], -1, *made.shape[1:]).sum(0)
             unit = replace(unit, batch=slice(0, 1))
         self.put(made, whole, unit, add=True)
 
@@ -371,12 +346,10 @@ class _Inputs:
         clamp: nothing has shown the logits of keys that are not seen to be small; they must not become infinite.
         """
         weights, far = self._logits(unit, tiles, self.call.problem.scale)
-        table = self.call.table(unit, tiles, self.bias, added=False)
-        if table is not None and clamp:
+        if clamp:
             weights.clamp_(max=2 * _SAFE)  # the others are below lse - bias
         weights.exp_()
-        if table is not None:
-            self.call.whole(weights, unit).flatten(3).mul_(table.flatten(-3)[..., None, :].flatten(-2))
+        self.call.apply(weights, unit, tiles, self.bias, added=False)
         return weights, None if far is None else far.exp_()
 
     def shifted_weights(

@@ -9,7 +9,7 @@ along the loop axis), so that any run of tiles is one batch of overlapping matri
     keys     [B, heads_kv, *groups, *inner tiles, keys of the loop axis, *keys of a box per inner axis, dim]
 
 A box at the end of a strip may reach into the next one, at places that no query of it sees. Copies go piece by piece
-(`Piece`): rectangles whose coordinates advance evenly, which a strided view reads or writes. Places without a token
+(`Move`): rectangles whose coordinates advance evenly, which a strided view reads or writes. Places without a token
 (keys outside the grid, queries beyond a group's end) hold zeros; for border "zero" these are the zero keys that take
 softmax mass.
 
@@ -41,7 +41,7 @@ _TILE_COST = 250.0
 _CHUNK_COST = 20000.0
 _LANES = 16
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
-CHUNK = 1 << 16  # query-key pairs that are worked on at a time
+CHUNK = 3 << 15  # query-key pairs that are worked on at a time
 _KEPT = 1 << 21  # elements of tables that a plan may keep
 
 
@@ -232,26 +232,39 @@ def axis_tiles(axis: Axis, tile: int, inner: bool) -> AxisTiles:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of a cut: where it stands in a copy, and which tokens it holds.
+class Move:
+    """A rectangle of tokens, as strided views of a tensor and of its copy (both of shape `sizes`, dim last).
 
-    index: slices of the copy's [*groups, *inner tiles, *places] (keys) or [*groups, *inner tiles, loop tiles, *places]
-    (queries). Per axis: groups, tiles, places in `shapes`, the first coordinate, and the coordinate's steps in `boxes`.
+    Offsets count from the tensor's part for one unit, and from the copy's begin. factor_strides: of one number per
+    token, in the copy's order.
     """
 
-    index: tuple[slice, ...]
-    boxes: tuple[Box, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    copy_strides: tuple[int, ...]
+    copy_offset: int
+    factor_strides: tuple[int, ...]
+    factor_offset: int
 
-    @property
-    def size(self) -> int:
-        """How many tokens."""
-        return math.prod(math.prod(box.shape) for box in self.boxes)
+    def of(self, tensor: Tensor, start: int) -> Tensor:
+        """The tensor's view."""
+        return tensor.as_strided(self.sizes, self.strides, start + self.offset)
+
+    def of_copy(self, copy: Tensor) -> Tensor:
+        """The copy's view."""
+        return copy.as_strided(self.sizes, self.copy_strides, copy.storage_offset() + self.copy_offset)
+
+    def of_factor(self, factor: Tensor) -> Tensor:
+        """The view of one number per token."""
+        return factor.as_strided(self.sizes, self.factor_strides, factor.storage_offset() + self.factor_offset)
 
 
 @dataclass(frozen=True)
 class Region:
     """The groups and inner tiles that are copied together: a range per axis each."""
 
+    number: int  # among the plan's
     groups: tuple[slice, ...]
     tiles: tuple[slice, ...]
 
@@ -270,6 +283,7 @@ class Plan:
     own_loop: bool  # the grid has no axis for the loop
     key_once: bool  # every key is copied to exactly one place
     _kept: dict[tuple, Any] = field(default_factory=dict)
+    _regions: list[Region] = field(default_factory=list)
 
     @cached_property
     def axes(self) -> tuple[AxisTiles, ...]:
@@ -325,19 +339,72 @@ class Plan:
             ranges = [
                 [slice(at, min(at + step, count)) for at in range(0, count, step)] for count, step in zip(counts, steps)
             ]
-            rank = len(self.axes)
-            self._kept[name] = tuple(Region(cut[:rank], cut[rank:]) for cut in itertools.product(*ranges))
+            rank, begin = len(self.axes), len(self._regions)
+            for cut in itertools.product(*ranges):
+                self._regions.append(Region(len(self._regions), cut[:rank], cut[rank:]))
+            self._kept[name] = tuple(self._regions[begin:])
         return self._kept[name]
 
-    def pieces(self, region: Region, what: str) -> tuple[Piece, ...]:
-        """A region's pieces: of "queries", of "keys", or of "sums", which are keys' that hold no token twice."""
-        name = (what, *(part.start for part in (*region.groups, *region.tiles)), *region.shape)
+    def moves(
+        self, what: str, region: Region, lead: tuple[int, ...], strides: tuple[int, ...], dim: int
+    ) -> tuple[tuple[Move, ...], bool]:
+        """How a region of a tensor [B, *grid, heads, dim] is copied, and whether every place of the copy has a token.
+
+        what: "queries", "keys", or "sums", which are keys' moves that hold no token twice. lead: batch entries, key
+        heads, query heads per key head (1 for keys). strides: the tensor's.
+        """
+        name = (what, region.number, lead, strides, dim)
         if name not in self._kept:
-            self._kept[name] = tuple(self._pieces(region, what))
+            found = tuple(self._moves(*name))
+            places = math.prod(self.copy_shape(what == "queries", region, lead)) * dim
+            self._kept[name] = found, sum(math.prod(move.sizes) for move in found) == places
         return self._kept[name]
 
-    def _pieces(self, region: Region, what: str) -> Iterator[Piece]:
-        cuts = []
+    def copy_shape(self, queries: bool, region: Region, lead: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a region's copy, but for the last dimension."""
+        if queries:
+            return (*lead[:2], *region.shape, self.loop.count, lead[2], *(tiles.tile for tiles in self.axes))
+        return (*lead[:2], *region.shape, self.strip, *(tiles.width for tiles in self.inner))
+
+    def _moves(
+        self, what: str, number: int, lead: tuple[int, ...], strides: tuple[int, ...], dim: int
+    ) -> Iterator[Move]:
+        region, queries = self._regions[number], what == "queries"
+        shape = self.copy_shape(queries, region, lead)
+        steps = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+        batch, *axes, heads, last = strides
+        if self.own_loop:
+            axes.insert(0, 0)
+        begins = [part.start for part in (*region.groups, *region.tiles)]
+        for boxes_of in itertools.product(*self._boxes(what, region)):
+            parts = [box.shape for box in boxes_of]
+            offset = sum(stride * box.first for stride, box in zip(axes, boxes_of))
+            groups = [(part[0], stride) for part, stride in zip(parts, axes)]
+            tiles = [(part[1], stride * box.step) for part, stride, box in zip(parts, axes, boxes_of)]
+            places = [(part[2], stride * box.dilation) for part, stride, box in zip(parts, axes, boxes_of)]
+            starts = [box.groups.start for box in boxes_of] + [box.tiles.start for box in boxes_of[1:]]
+            index = [0, 0, *(start - begin for start, begin in zip(starts, begins))]
+            if queries:
+                inner = [*tiles[1:], tiles[0], (lead[2], heads)]
+                index += [boxes_of[0].tiles.start, 0]
+            else:
+                inner = tiles[1:]
+            index += [box.places.start for box in boxes_of]
+            axes_of = [(lead[0], batch), (lead[1], heads * lead[2]), *groups, *inner, *places]
+            kept = [(size, stride, step) for (size, stride), step in zip(axes_of, steps, strict=True) if size > 1]
+            at = sum(place * step for place, step in zip(index, steps, strict=True))
+            yield Move(
+                (*(size for size, _, _ in kept), dim),
+                (*(stride for _, stride, _ in kept), last),
+                offset,
+                (*(step * dim for _, _, step in kept), 1),
+                at * dim,
+                (*(step for _, _, step in kept), 0),
+                at,
+            )
+
+    def _boxes(self, what: str, region: Region) -> Iterator[list[Box]]:
+        """Per axis the region's boxes."""
         for number, tiles in enumerate(self.axes):
             if what == "queries":
                 cut = boxes(tiles.axis, [tiles.tile * at for at in range(tiles.count)], tiles.tile)
@@ -348,14 +415,7 @@ class Plan:
             wanted = slice(0, tiles.count) if number == 0 else region.tiles[number - 1]
             parts = [box.within(region.groups[number], wanted) for box in cut]
             split = [part for part in parts if part is not None]
-            cuts.append(split if what != "sums" else [small for part in split for small in part.disjoint()])
-        for combination in itertools.product(*cuts):
-            pairs = list(zip(combination, (region.groups[0], *region.groups[1:]), (slice(0, 0), *region.tiles)))
-            index = [_shifted(box.groups, group.start) for box, group, _ in pairs]
-            index += [_shifted(box.tiles, tile.start) for box, _, tile in pairs[1:]]
-            if what == "queries":
-                index.append(combination[0].tiles)
-            yield Piece((*index, *(box.places for box in combination)), combination)
+            yield split if what != "sums" else [small for part in split for small in part.disjoint()]
 
     def _joined(self, what: str, region: Region, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
         """The axes' tables `what` as one [groups or 1, tiles, W, T], tiles by inner axes and then the loop's."""
@@ -376,8 +436,11 @@ class Plan:
 
     def kinds(self, region: Region) -> tuple:
         """What a region's tables depend on."""
-        kinds = tuple(tuple(tiles.kind[part]) for tiles, part in zip(self.inner, region.tiles))
-        return kinds if self.one_group else (*kinds, *(part.start for part in region.groups), region.shape)
+        name = ("kinds", region.number)
+        if name not in self._kept:
+            kinds = tuple(tuple(tiles.kind[part]) for tiles, part in zip(self.inner, region.tiles))
+            self._kept[name] = kinds if self.one_group else (kinds, region.groups[0].start, region.number)
+        return self._kept[name]
 
     def allowed(self, region: Region) -> Tensor:
         """[groups or 1, tiles, keys, queries]: the query sees the key."""
@@ -423,10 +486,6 @@ class Plan:
         """[groups or 1, tiles, slots, queries]: where in the box each slot's key stands, and whether it takes part."""
         present = self._joined("present", region, lambda tables: functools.reduce(torch.logical_and, tables))
         return self._index("place", region, lambda tiles: tiles.width), present
-
-
-def _shifted(part: slice, by: int) -> slice:
-    return slice(part.start - by, part.stop - by)
 
 
 @lru_cache(maxsize=512)

@@ -185,8 +185,9 @@ def _backward(
     out, lse = results
     grad_out = torch.zeros_like(out) if gradients[0] is None else library.last_dim_contiguous(gradients[0])
     given = (t if t is None else library.last_dim_contiguous(t) for t in tensors)
-    found = dispatch.backend_module(NAME, backend).backward(grad_out, gradients[1], *given, out, lse, problem)
-    return [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
+    return list(
+        dispatch.backend_module(NAME, backend).backward(grad_out, gradients[1], *given, out, lse, problem, needs)
+    )
 
 
 _operator = library.register(

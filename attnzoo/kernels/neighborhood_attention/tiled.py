@@ -8,9 +8,10 @@ inputs and outputs is those copies and logits, never tokens x tokens.
 
 At first weights are exp(logit) times a table (0 where a query doesn't see a key, else exp(bias)), without a maximum.
 Where every denominator turns out to be within e ** +-_SAFE that is as exact as with one, and it takes half the passes
-over the logits. Where one is not (or anything is not finite), or with a bias that is large or by query, the weights are 2 ** (logit -
-maximum) with masks and bias added to the logits. The backward pass has the same two ways; it computes the logits again from
-lse, whatever back end made them. A gradient that several tiles share is summed in a fixed order.
+over the logits. Where one is not (or a key or value is not finite), or with a bias that is large or by query, the
+weights are 2 ** (logit - maximum), with masks and bias added to the logits. The backward pass has the same two ways; it
+computes the logits again from lse, whatever back end made them. A gradient that several tiles share is summed in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -74,14 +75,14 @@ class _Unit:
 class _Call:
     """A problem with its plan, and memory for its intermediate results."""
 
-    def __init__(self, problem: Problem, tile: tuple[int, ...] | None, separate: bool, share: int = 1) -> None:
+    def __init__(self, problem: Problem, tile: tuple[int, ...] | None, separate: bool) -> None:
         self.problem = problem
         self.plan: Plan = plan(problem, tile, separate)
         self.repeats = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
         self.rows = self.plan.queries * self.repeats  # of a tile's logits, once per query head
         # pairs worked on at a time, more where threads share them
-        self.chunk = max(1, tiling.CHUNK * torch.get_num_threads() // share)
+        self.chunk = tiling.CHUNK * torch.get_num_threads()
         self._tables: dict[tuple, Tensor] = {}
         self._parts: dict[tuple[int, int, int, bool], Tensor | None] = {}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -210,15 +211,24 @@ class _Call:
         cut, dim = self.plan, made.shape[-1]
         width, step = cut.row * dim, cut.loop.tile
         before, after = cut.margin
-        whole = self.scratch(name, (before + unit.strips * cut.strip + after) * width)
-        if tiles.start == 0:
-            whole.zero_()
+        rows = before + unit.strips * cut.strip + after
+        whole = self.scratch(name, rows * width)
         boxes = made.view(len(made), cut.loop.width, width)
-        start = whole.storage_offset() + (before + cut.loop.first[0] + tiles.start * step) * width
+        start = before + cut.loop.first[0] + tiles.start * step
+        if tiles.start == 0:  # the boxes' first rows are written, the rest is added
+            whole[: start * width].zero_()
+            whole[(start + len(made) * step) * width :].zero_()
         for row in range(0, cut.loop.width, step):
-            rows = min(step, cut.loop.width - row)
-            goal = whole.as_strided((len(made), rows, width), (step * width, width, 1), start + row * width)
-            goal.add_(boxes[:, row : row + rows])
+            part = boxes[:, row : row + step]
+            at = whole.storage_offset() + (start + row) * width
+            goal = whole.as_strided(part.shape, (step * width, width, 1), at)
+            if row == 0 and tiles.start == 0:
+                goal.copy_(part)
+                short = step - part.shape[1]
+                if short:
+                    whole.as_strided((len(made), short, width), (step * width, width, 1), at + part[0].numel()).zero_()
+            else:
+                goal.add_(part)
         return whole[before * width : (before + unit.strips * cut.strip) * width].view(-1, dim)
 
     # -- masks and biases
@@ -505,26 +515,19 @@ def _unit_backward(
 ) -> None:
     """Add a unit's part to `grads`.
 
-    bounded: weights are exp(logit), and the output's gradient and delta are multiplied with exp(-lse) instead.
+    bounded: weights are exp(logit), and grad_out and delta are times exp(-lse).
     """
     call, problem = inputs.call, inputs.call.problem
     given = call.query_tiles("grad", grad_out, unit)
     deltas = None if delta is None else call.query_tiles("delta", delta[..., None], unit)
-    logs = call.query_tiles("lse", lse[..., None], unit)
-    if bounded:
-        inverse = logs.neg_().exp_()
-        given.mul_(inverse)
-        if deltas is not None:
-            deltas.mul_(inverse)
-    else:
-        logs.mul_(_LOG2E)
+    logs = None if bounded else call.query_tiles("lse", lse[..., None], unit).mul_(_LOG2E)
     d_query = call.scratch("d_query", *inputs.queries.shape) if grads.query is not None else None
     d_bias = d_key = d_value = None
     if grads.bias is not None and inputs.bias_rows is not None:
         d_bias = call.scratch("d_bias", *inputs.queries.shape[:-1], inputs.bias_rows.shape[-1])
     for tiles in call.chunks(unit):
         queries, grad, keys = inputs.queries[tiles], given[tiles], inputs.keys[tiles]
-        if bounded:
+        if logs is None:
             weights, far = inputs.bounded_weights(unit, tiles, clamp=True)
         else:
             weights, far, _ = inputs.shifted_weights(unit, tiles, logs[tiles, :, 0])
@@ -589,7 +592,7 @@ def backward(
     asked = [needed and tensor is not None for needed, tensor in zip(needs, tensors, strict=True)]
     dtype = problem.compute_dtype
     bounded = _bounded(problem, tensors) and _safe(lse)
-    call = _Call(problem, tile, separate=not bounded, share=2)
+    call = _Call(problem, tile, separate=not bounded)
 
     def zeros(number: int) -> Tensor | None:
         tensor = tensors[number]
@@ -609,6 +612,10 @@ def backward(
         delta = torch.linalg.vecdot(grad_out.to(dtype), out.to(dtype))
         if grad_lse is not None:
             delta -= grad_lse
+    if bounded:
+        inverse = lse.neg().exp_()
+        grad_out = grad_out.to(dtype) * inverse[..., None]
+        delta = None if delta is None else delta.mul_(inverse)
     inputs = _Inputs(call, tensors)
     for unit in call.units():
         inputs.copy(unit, values=delta is not None)
@@ -616,8 +623,8 @@ def backward(
     call.close()
     if grads.bias is not None:
         grads.bias.flush()
-    found = (grads.query, grads.key, grads.value, None if grads.bias is None else grads.bias.total)
-    found += (grads.additional_keys, grads.additional_values)
+    bias_total = None if grads.bias is None else grads.bias.total
+    found = (grads.query, grads.key, grads.value, bias_total, grads.additional_keys, grads.additional_values)
     return tuple(
         None if gradient is None or tensor is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(found, tensors, strict=True)

@@ -155,7 +155,9 @@ class AxisTiles:
     first: list[int]  # position of each box's first key; on the loop axis a tile's length apart, and maybe below 0
     width: int  # W
     position: Tensor  # [tiles, T] of the queries
-    start: Tensor  # [groups, tiles, T] position of the window's slot 0; beyond a group's end its last query stands again
+    start: (
+        Tensor  # [groups, tiles, T] position of the window's slot 0; beyond a group's end its last query stands again
+    )
     low: Tensor  # [groups, tiles, T] first and
     high: Tensor  # [groups, tiles, T] last position that takes part
     kind: list[int]  # tiles of one kind have equal tables
@@ -205,7 +207,7 @@ class AxisTiles:
 
 @lru_cache(maxsize=512)
 def axis_tiles(axis: Axis, tile: int, inner: bool) -> AxisTiles:
-    """The axis in tiles of `tile` queries (fewer where no dilation group has as many), as an inner axis or the loop's."""
+    """The axis in tiles of `tile` queries (fewer where no dilation group has as many), as the loop's or an inner one."""
     windows = axis_windows(axis.size, axis.kernel_size, axis.stride, axis.dilation, axis.is_causal, axis.border)
     longest = axis.length(0)
     tile = min(tile, longest)
@@ -228,7 +230,8 @@ def axis_tiles(axis: Axis, tile: int, inner: bool) -> AxisTiles:
     relative = [(table - first[:, None]).transpose(0, 1).flatten(1) for table in (*tables, position[None])]
     names: dict[tuple[int, ...], int] = {}
     kind = [names.setdefault(tuple(row), len(names)) for row in torch.cat(relative, 1).tolist()]
-    return AxisTiles(axis, first.tolist(), width, position, *tables, kind)
+    start, low, high = tables
+    return AxisTiles(axis, first.tolist(), width, position, start, low, high, kind)
 
 
 @dataclass(frozen=True)

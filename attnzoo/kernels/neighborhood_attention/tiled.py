@@ -143,20 +143,20 @@ class _Call:
         start = unit.heads.start * repeats * tensor.stride(-2) + unit.batch.start * tensor.stride(0)
         return start + tensor.storage_offset()
 
-    def _copy(self, copy: Tensor, tensor: Tensor, unit: _Unit, queries: bool) -> None:
+    def _copy(self, copy: Tensor, tensor: Tensor, unit: _Unit, queries: bool, filler: float = 0.0) -> None:
         lead = (*unit.shape, self.repeats if queries else 1)
         what = "queries" if queries else "keys"
         moves, complete = self.plan.moves(what, unit.region, lead, tensor.stride(), tensor.shape[-1])
         if not complete:
-            copy.zero_()  # somewhere there is no token
+            copy.fill_(filler)  # somewhere there is no token
         start = self._start(tensor, unit, lead[2])
         for move in moves:
             move.of_copy(copy).copy_(move.of(tensor, start))
 
-    def query_tiles(self, name: str, tensor: Tensor, unit: _Unit) -> Tensor:
-        """A copy of [B, *grid, heads, dim] as [tiles, queries, dim]."""
+    def query_tiles(self, name: str, tensor: Tensor, unit: _Unit, filler: float = 0.0) -> Tensor:
+        """A copy of [B, *grid, heads, dim] as [tiles, queries, dim], the filler where there is no query."""
         copy = self.scratch(name, unit.strips * self.plan.loop.count, self.rows, tensor.shape[-1])
-        self._copy(copy, tensor, unit, True)
+        self._copy(copy, tensor, unit, True, filler)
         return copy
 
     def key_boxes(self, name: str, tensor: Tensor, unit: _Unit) -> Tensor:
@@ -520,7 +520,9 @@ def _unit_backward(
     call, problem = inputs.call, inputs.call.problem
     given = call.query_tiles("grad", grad_out, unit)
     deltas = None if delta is None else call.query_tiles("delta", delta[..., None], unit)
-    logs = None if bounded else call.query_tiles("lse", lse[..., None], unit).mul_(_LOG2E)
+    logs = None  # infinite where there is no query: its weights are then 0, whatever the bias
+    if not bounded:
+        logs = call.query_tiles("lse", lse[..., None], unit, math.inf).mul_(_LOG2E)
     d_query = call.scratch("d_query", *inputs.queries.shape) if grads.query is not None else None
     d_bias = d_key = d_value = None
     if grads.bias is not None and inputs.bias_rows is not None:

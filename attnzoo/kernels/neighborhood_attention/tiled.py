@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _SAFE = 40.0  # of lse: a weight that is lost at exp(-87) is then below every result's rounding
 _BIASES = (-_SAFE, 20.0)  # so that exp(bias) and what it multiplies lose nothing either
 _BIAS = 1 << 23  # elements of bias tables that a call keeps
-_WORKSPACE = 1 << 22  # elements that a thread keeps from call to call
+_WORKSPACE = 1 << 22  # elements that a thread keeps from call to call, and
+_VIEWS = 1 << 12  # how many views of them
 
 _kept = threading.local()
 
@@ -62,6 +64,11 @@ class _Unit:
         return math.prod(self.shape)
 
     @cached_property
+    def place(self) -> tuple[int, tuple[int, int]]:
+        """All but where it begins among batch entries and heads."""
+        return self.region.number, self.shape
+
+    @cached_property
     def groups(self) -> int:
         """Dilation groups."""
         return math.prod(self.region.shape[: len(self.region.groups)])
@@ -72,6 +79,30 @@ class _Unit:
         return self.matrices * math.prod(self.region.shape)
 
 
+class _Memory:
+    """Buffers that a thread keeps from call to call, and views of them: both cost as much as the sums to make anew."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple, Any] = {}
+
+    def buffer(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+        """At least `size` elements, the same memory at every request of one name."""
+        kept = self.buffers.get((name, dtype))
+        if kept is None or kept.numel() < size:
+            self.views.clear()
+            self.buffers[name, dtype] = kept = torch.empty(size, dtype=dtype)
+        return kept
+
+    def trim(self) -> None:
+        """Give back what is beyond the limits."""
+        if sum(buffer.numel() for buffer in self.buffers.values()) > _WORKSPACE:
+            self.buffers.clear()
+            self.views.clear()
+        if len(self.views) > _VIEWS:
+            self.views.clear()
+
+
 class _Call:
     """A problem with its plan, and memory for its intermediate results."""
 
@@ -80,31 +111,23 @@ class _Call:
         self.plan: Plan = plan(problem, tile, separate)
         self.repeats = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
+        self.name = (self.plan.number, self.repeats, self.dtype)  # in the names of views
         self.rows = self.plan.queries * self.repeats  # of a tile's logits, once per query head
         # pairs worked on at a time, more where threads share them
         self.chunk = tiling.CHUNK * torch.get_num_threads()
         self._tables: dict[tuple, Tensor] = {}
-        self._parts: dict[tuple[int, int, int, bool], Tensor | None] = {}
-        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         if not hasattr(_kept, "memory"):
-            _kept.memory = {}
-        self._scratch: dict[tuple[str, torch.dtype], Tensor] = _kept.memory
-
-    def close(self) -> None:
-        """Give back memory beyond what a thread may keep."""
-        if sum(buffer.numel() for buffer in self._scratch.values()) > _WORKSPACE:
-            self._scratch.clear()
+            _kept.memory = _Memory()
+        self.memory: _Memory = _kept.memory
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """A buffer, the same memory at every request of one name: fresh pages cost as much as the sums."""
-        view = self._views.get((name, shape))
+        """A buffer, the same memory at every request of one name."""
+        key = (name, self.dtype, shape)
+        view = self.memory.views.get(key)
         if view is None:
-            size, key = math.prod(shape), (name, self.dtype)
-            kept = self._scratch.get(key)
-            if kept is None or kept.numel() < size:
-                self._scratch[key] = kept = torch.empty(size, dtype=self.dtype)
-                self._views.clear()
-            self._views[name, shape] = view = kept[:size].view(shape)
+            size = math.prod(shape)
+            view = self.memory.buffer(name, size, self.dtype)[:size].view(shape)
+            self.memory.views[key] = view
         return view
 
     def product(self, name: str, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -138,48 +161,59 @@ class _Call:
 
     # -- copies
 
-    def _start(self, tensor: Tensor, unit: _Unit, repeats: int) -> int:
-        """Where a unit's batch entries and heads begin in a tensor [B, *grid, heads, dim]."""
-        start = unit.heads.start * repeats * tensor.stride(-2) + unit.batch.start * tensor.stride(0)
-        return start + tensor.storage_offset()
-
-    def _copy(self, copy: Tensor, tensor: Tensor, unit: _Unit, queries: bool, filler: float = 0.0) -> None:
+    def _copied(self, name: str, tensor: Tensor, unit: _Unit, queries: bool) -> tuple[list, Tensor, tuple[Tensor, ...]]:
+        """(moves, the copy, what of it is to be filled first) for `copy`."""
+        cut, dim, strips = self.plan, tensor.shape[-1], unit.strips
         lead = (*unit.shape, self.repeats if queries else 1)
         what = "queries" if queries else "keys"
-        moves, complete = self.plan.moves(what, unit.region, lead, tensor.stride(), tensor.shape[-1])
-        if not complete:
-            copy.fill_(filler)  # somewhere there is no token
-        start = self._start(tensor, unit, lead[2])
-        for move in moves:
-            move.of_copy(copy).copy_(move.of(tensor, start))
+        moves, complete = cut.moves(what, unit.region, lead, tensor.stride(), dim)
+        fill: tuple[Tensor, ...]
+        if queries:
+            inside = result = self.scratch(name, strips * cut.loop.count, self.rows, dim)
+            fill = () if complete else (inside,)
+        else:
+            before, size, after = (rows * cut.row * dim for rows in (cut.margin[0], strips * cut.strip, cut.margin[1]))
+            whole = self.scratch(name, before + size + after)
+            inside = whole[before : before + size]
+            # what is read beyond both ends counts for nothing, but must be finite
+            fill = (whole[:before], whole[before + size :]) if complete else (whole,)
+            step = cut.loop.tile * cut.row * dim
+            start = whole.storage_offset() + before + cut.loop.first[0] * cut.row * dim
+            result = whole.as_strided((strips * cut.loop.count, cut.keys, dim), (step, dim, 1), start)
+        made = [(move.of_copy(inside), move.sizes, move.strides, move.offset) for move in moves]
+        return made, result, tuple(part for part in fill if part.numel())
 
-    def query_tiles(self, name: str, tensor: Tensor, unit: _Unit, filler: float = 0.0) -> Tensor:
-        """A copy of [B, *grid, heads, dim] as [tiles, queries, dim], the filler where there is no query."""
-        copy = self.scratch(name, unit.strips * self.plan.loop.count, self.rows, tensor.shape[-1])
-        self._copy(copy, tensor, unit, True, filler)
-        return copy
+    def copy(self, name: str, tensor: Tensor, unit: _Unit, queries: bool, filler: float = 0.0) -> Tensor:
+        """A unit's part of [B, *grid, heads, dim] as tiles of queries or as boxes of keys.
 
-    def key_boxes(self, name: str, tensor: Tensor, unit: _Unit) -> Tensor:
-        """A copy of [B, *grid, heads_kv, dim] as overlapping [tiles, keys, dim]."""
-        cut, dim = self.plan, tensor.shape[-1]
-        before, size, after = (rows * cut.row * dim for rows in (cut.margin[0], unit.strips * cut.strip, cut.margin[1]))
-        flat = self.scratch(name, before + size + after)
-        if before:  # what is read there counts for nothing, but must be finite
-            flat[:before].zero_()
-        if after:
-            flat[before + size :].zero_()
-        self._copy(flat[before : before + size], tensor, unit, False)
-        step = cut.loop.tile * cut.row * dim
-        start = flat.storage_offset() + before + cut.loop.first[0] * cut.row * dim
-        return flat.as_strided((unit.strips * cut.loop.count, cut.keys, dim), (step, dim, 1), start)
+        [tiles, queries, dim], the filler where there is no query, or overlapping [tiles, keys, dim].
+        """
+        strides = tensor.stride()
+        key = (name, self.name, unit.place, strides, tensor.shape[-1])
+        found = self.memory.views.get(key)
+        if found is None:
+            found = self._copied(name, tensor, unit, queries)
+            self.memory.views[key] = found
+        moves, result, fill = found
+        for part in fill:
+            part.fill_(filler)
+        start = unit.batch.start * strides[0] + unit.heads.start * strides[-2] * (self.repeats if queries else 1)
+        start += tensor.storage_offset()
+        for goal, sizes, steps, offset in moves:
+            goal.copy_(tensor.as_strided(sizes, steps, start + offset))
+        return result
 
     def put(self, made: Tensor, whole: Tensor, unit: _Unit, factor: Tensor | float = 1.0, add: bool = False) -> None:
         """Write (or add) query tiles, times a factor (of each row), into [B, *grid, heads, dim]."""
-        lead = (*unit.shape, self.repeats)
-        moves, _ = self.plan.moves("queries", unit.region, lead, whole.stride(), whole.shape[-1])
-        start = self._start(whole, unit, self.repeats)
+        strides, dim = whole.stride(), whole.shape[-1]
+        key = ("put", self.name, unit.place, strides, dim)
+        moves = self.memory.views.get(key)
+        if moves is None:
+            moves, _ = self.plan.moves("queries", unit.region, (*unit.shape, self.repeats), strides, dim)
+            self.memory.views[key] = moves
+        start = unit.batch.start * strides[0] + unit.heads.start * strides[-2] * self.repeats
         for move in moves:
-            part, goal = move.of_copy(made), move.of(whole, start)
+            part, goal = move.of_copy(made), whole.as_strided(move.sizes, move.strides, start + move.offset)
             if isinstance(factor, Tensor):
                 torch.mul(part, move.of_factor(factor), out=goal)
             elif add:
@@ -194,10 +228,15 @@ class _Call:
 
         Written where each key is in one box.
         """
-        moves, _ = self.plan.moves("sums", unit.region, (*unit.shape, 1), whole.stride(), whole.shape[-1])
-        start = self._start(whole, unit, 1)
+        strides, dim = whole.stride(), whole.shape[-1]
+        key = ("put keys", self.name, unit.place, strides, dim)
+        moves = self.memory.views.get(key)
+        if moves is None:
+            moves, _ = self.plan.moves("sums", unit.region, (*unit.shape, 1), strides, dim)
+            self.memory.views[key] = moves
+        start = unit.batch.start * strides[0] + unit.heads.start * strides[-2]
         for move in moves:
-            part, goal = move.of_copy(made), move.of(whole, start)
+            part, goal = move.of_copy(made), whole.as_strided(move.sizes, move.strides, start + move.offset)
             if self.plan.key_once:
                 torch.mul(part, factor, out=goal)
             else:
@@ -246,17 +285,12 @@ class _Call:
 
         Or, `added`: add -inf, or the bias over log 2, to its logits.
         """
-        name = (unit.region.number, unit.heads.start, tiles.start, added)
-        if name in self._parts:
-            part = self._parts[name]
-        else:
-            table = self.plan.mask(unit.region, self.repeats, added)
-            if bias is not None:
-                table = self._bias_table(bias, unit, added)
-            part = None if table is None else self.of_chunk(table, unit, tiles).flatten(-3)
-            self._parts[name] = part  # a view of a table that is kept, or within the limit on those of this call
-        if part is None:
+        table = self.plan.mask(unit.region, self.repeats, added) if bias is None else None
+        if bias is not None:
+            table = self._bias_table(bias, unit, added)
+        if table is None:
             return
+        part = self.of_chunk(table, unit, tiles).flatten(-3)
         whole = logits.view(*unit.shape, unit.groups, -1)
         if added:
             whole.add_(part)
@@ -327,13 +361,14 @@ class _Inputs:
     def copy(self, unit: _Unit, values: bool = True) -> None:
         """Copy a unit's part into tiles and boxes."""
         call = self.call
-        self.queries, self.keys = call.query_tiles("query", self.query, unit), call.key_boxes("key", self.key, unit)
-        self.values = call.key_boxes("value", self.value, unit) if values else self.keys
+        self.queries = call.copy("query", self.query, unit, True)
+        self.keys = call.copy("key", self.key, unit, False)
+        self.values = call.copy("value", self.value, unit, False) if values else self.keys
         self.far_key, self.far_value = self._far(unit, self.additional_keys), self._far(unit, self.additional_values)
         self.bias_rows = None
         if self.bias is not None and call.problem.bias == "query":
             shared = replace(unit, batch=slice(0, 1)) if self.bias.shape[0] == 1 else unit
-            self.bias_rows = call.query_tiles("bias", self.bias, shared).mul_(_LOG2E)
+            self.bias_rows = call.copy("bias", self.bias, shared, True).mul_(_LOG2E)
 
     def _far(self, unit: _Unit, tensor: Tensor | None) -> Tensor | None:
         """Additional keys or values [B, n, heads_kv, dim] as [b * heads_kv, n, dim]."""
@@ -455,7 +490,7 @@ def forward(
         else:
             if not bounded or _safe(lse.log_()):
                 break
-    call.close()
+    call.memory.trim()
     return out, lse
 
 
@@ -518,11 +553,11 @@ def _unit_backward(
     bounded: weights are exp(logit), and grad_out and delta are times exp(-lse).
     """
     call, problem = inputs.call, inputs.call.problem
-    given = call.query_tiles("grad", grad_out, unit)
-    deltas = None if delta is None else call.query_tiles("delta", delta[..., None], unit)
+    given = call.copy("grad", grad_out, unit, True)
+    deltas = None if delta is None else call.copy("delta", delta[..., None], unit, True)
     logs = None  # infinite where there is no query: its weights are then 0, whatever the bias
     if not bounded:
-        logs = call.query_tiles("lse", lse[..., None], unit, math.inf).mul_(_LOG2E)
+        logs = call.copy("lse", lse[..., None], unit, True, math.inf).mul_(_LOG2E)
     d_query = call.scratch("d_query", *inputs.queries.shape) if grads.query is not None else None
     d_bias = d_key = d_value = None
     if grads.bias is not None and inputs.bias_rows is not None:
@@ -622,7 +657,7 @@ def backward(
     for unit in call.units():
         inputs.copy(unit, values=delta is not None)
         _unit_backward(inputs, unit, bounded, grads, grad_out, lse, delta)
-    call.close()
+    call.memory.trim()
     if grads.bias is not None:
         grads.bias.flush()
     bias_total = None if grads.bias is None else grads.bias.total

@@ -41,8 +41,9 @@ _TILE_COST = 250.0
 _CHUNK_COST = 20000.0
 _LANES = 16
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
-CHUNK = 3 << 15  # query-key pairs that are worked on at a time
+CHUNK = 1 << 18  # query-key pairs that are worked on at a time
 _KEPT = 1 << 21  # elements of tables that a plan may keep
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,6 @@ class Move:
     factor_strides: tuple[int, ...]
     factor_offset: int
 
-    def of(self, tensor: Tensor, start: int) -> Tensor:
-        """The tensor's view."""
-        return tensor.as_strided(self.sizes, self.strides, start + self.offset)
-
     def of_copy(self, copy: Tensor) -> Tensor:
         """The copy's view."""
         return copy.as_strided(self.sizes, self.copy_strides, copy.storage_offset() + self.copy_offset)
@@ -267,7 +264,7 @@ class Move:
 class Region:
     """The groups and inner tiles that are copied together: a range per axis each."""
 
-    number: int  # among the plan's
+    number: int  # no other region's
     groups: tuple[slice, ...]
     tiles: tuple[slice, ...]
 
@@ -286,7 +283,7 @@ class Plan:
     own_loop: bool  # the grid has no axis for the loop
     key_once: bool  # every key is copied to exactly one place
     _kept: dict[tuple, Any] = field(default_factory=dict)
-    _regions: list[Region] = field(default_factory=list)
+    number: int = field(default_factory=lambda: next(_numbers))  # no other plan's or region's
 
     @cached_property
     def axes(self) -> tuple[AxisTiles, ...]:
@@ -342,10 +339,9 @@ class Plan:
             ranges = [
                 [slice(at, min(at + step, count)) for at in range(0, count, step)] for count, step in zip(counts, steps)
             ]
-            rank, begin = len(self.axes), len(self._regions)
-            for cut in itertools.product(*ranges):
-                self._regions.append(Region(len(self._regions), cut[:rank], cut[rank:]))
-            self._kept[name] = tuple(self._regions[begin:])
+            rank = len(self.axes)
+            cuts = itertools.product(*ranges)
+            self._kept[name] = tuple(Region(next(_numbers), cut[:rank], cut[rank:]) for cut in cuts)
         return self._kept[name]
 
     def moves(
@@ -356,12 +352,9 @@ class Plan:
         what: "queries", "keys", or "sums", which are keys' moves that hold no token twice. lead: batch entries, key
         heads, query heads per key head (1 for keys). strides: the tensor's.
         """
-        name = (what, region.number, lead, strides, dim)
-        if name not in self._kept:
-            found = tuple(self._moves(*name))
-            places = math.prod(self.copy_shape(what == "queries", region, lead)) * dim
-            self._kept[name] = found, sum(math.prod(move.sizes) for move in found) == places
-        return self._kept[name]
+        found = tuple(self._moves(what, region, lead, strides, dim))
+        places = math.prod(self.copy_shape(what == "queries", region, lead)) * dim
+        return found, sum(math.prod(move.sizes) for move in found) == places
 
     def copy_shape(self, queries: bool, region: Region, lead: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a region's copy, but for the last dimension."""
@@ -370,9 +363,9 @@ class Plan:
         return (*lead[:2], *region.shape, self.strip, *(tiles.width for tiles in self.inner))
 
     def _moves(
-        self, what: str, number: int, lead: tuple[int, ...], strides: tuple[int, ...], dim: int
+        self, what: str, region: Region, lead: tuple[int, ...], strides: tuple[int, ...], dim: int
     ) -> Iterator[Move]:
-        region, queries = self._regions[number], what == "queries"
+        queries = what == "queries"
         shape = self.copy_shape(queries, region, lead)
         steps = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
         batch, *axes, heads, last = strides

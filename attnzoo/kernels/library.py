@@ -127,7 +127,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     Give it query, key and value (and what joins them), not biases: those stay in the precision they have.
     """
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

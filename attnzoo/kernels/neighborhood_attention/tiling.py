@@ -208,7 +208,7 @@ class AxisTiles:
 
 @lru_cache(maxsize=512)
 def axis_tiles(axis: Axis, tile: int, inner: bool) -> AxisTiles:
-    """The axis in tiles of `tile` queries (fewer where no dilation group has as many), as the loop's or an inner one."""
+    """The axis in tiles of `tile` queries (fewer where no dilation group has as many), on the loop axis or an inner."""
     windows = axis_windows(axis.size, axis.kernel_size, axis.stride, axis.dilation, axis.is_causal, axis.border)
     longest = axis.length(0)
     tile = min(tile, longest)

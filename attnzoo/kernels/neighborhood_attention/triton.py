@@ -13,10 +13,7 @@ Importing this module imports triton, so it is itself imported lazily.
 # (Triton kernels annotate only their compile-time arguments.)
 
 import functools
-import json
 import math
-from dataclasses import dataclass
-from importlib import resources
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +23,10 @@ from torch import Tensor
 
 from attnzoo.kernels.aot import Case
 from attnzoo.kernels.dispatch import interpreting
-from attnzoo.kernels.launch import launch, vendor
+from attnzoo.kernels.launch import launch
 from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
+from attnzoo.kernels.neighborhood_attention.triton_config import Config, config_for, count_tiles, three
 from attnzoo.kernels.triton_shared import (
     LN2,
     LOG2E,
@@ -42,7 +40,6 @@ from attnzoo.kernels.triton_shared import (
 )
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 1, 256  # below 16 a dot is padded to its smallest width
-LARGEST_GROWTH = 1.2  # of the keys visited, for a large tile of queries: it halves what each key is loaded for
 
 # Geometry takes many values in one model: specialising on 1 or on multiples of 16 would only multiply compilations.
 GEOMETRY = [f"{name}{axis}" for name in ("size", "kernel", "stride", "dilation") for axis in range(3)]
@@ -364,83 +361,6 @@ def na_forward(
 # ------------------------------------------------------------------------------------------------------- the launcher
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a kernel is cut: tiles of queries and keys (three axes), warps per program, pipeline stages."""
-
-    queries: tuple[int, int, int]
-    keys: tuple[int, int, int]
-    num_warps: int
-    num_stages: int
-
-
-@functools.cache
-def _table() -> dict[str, Any]:
-    text = resources.files("attnzoo.configs").joinpath("autotune/neighborhood_attention.json").read_text()
-    return json.loads(text)
-
-
-def bucket(head_dim: int, head_dim_v: int) -> int:
-    """The head dims of the configuration table are powers of two from 32: the one that holds both."""
-    return max(32, triton.next_power_of_2(max(head_dim, head_dim_v)))
-
-
-def _tile(rank: int, shape: list[int]) -> tuple[int, int, int]:
-    return (*(1,) * (3 - rank), *shape)  # type: ignore[return-value]
-
-
-@functools.cache
-def config(kernel: str, rank: int, bucket_of: int, itemsize: int, kind: str, maker: str) -> tuple[Config, ...]:
-    """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
-
-    The forward without a bias has one configuration for every shape that its tile of keys may have. kind is "plain", "biased" (a bias's indices take
-    registers) or "large" (windows that a large tile of queries hardly widens): an entry may carry other numbers for it,
-    and others again for maker "hip", which win. maker is "cuda", "hip" or "interpreter"; the interpreter, whose cost is
-    per step, has tiles of its own.
-    """
-    if maker == "interpreter":
-        entry = _table()["interpreter"]
-    else:
-        entry = _table()["kernels"][kernel][str(itemsize)][str(bucket_of)]
-        entry = entry | entry.get(kind, {}) | (entry.get("hip", {}) if maker == "hip" else {})
-    shapes = _table()["tiles"][str(rank)]
-    queries, keys = shapes[str(entry["queries"])][0], shapes[str(entry["keys"])]
-    if kernel != "forward" or kind == "biased":
-        keys = keys[:1]
-    return tuple(Config(_tile(rank, queries), _tile(rank, each), entry["warps"], entry["stages"]) for each in keys)
-
-
-def visited(problem: Problem, cfg: Config) -> int:
-    """Keys that the walk visits for an interior tile of queries: its windows' hull in whole tiles of keys."""
-    total = 1
-    axes = zip(problem.grid, problem.kernel_size, problem.stride, problem.dilation, cfg.queries[-problem.rank :])
-    for (size, kernel, stride, dilation, queries), keys in zip(axes, cfg.keys[-problem.rank :]):
-        hull = min(kernel + (queries - 1) // stride * stride, triton.cdiv(size, dilation))
-        total *= triton.cdiv(hull, keys) * keys
-    return total
-
-
-def config_for(kernel: str, problem: Problem) -> Config:
-    """The configuration of one kernel for a problem, on the GPUs that this torch was built for."""
-    arguments = kernel, problem.rank, bucket(problem.head_dim, problem.head_dim_v), problem.dtype.itemsize
-    kind = "plain" if problem.bias == "none" else "biased"
-
-    def best(kind: str) -> Config:
-        return min(config(*arguments, kind, vendor()), key=lambda cfg: visited(problem, cfg))
-
-    found = best(kind)
-    if kind == "plain":
-        large = best("large")
-        if visited(problem, large) <= LARGEST_GROWTH * visited(problem, found):
-            return large
-    return found
-
-
-def three(values: tuple, filler: Any) -> tuple:
-    """A tuple of one entry per axis as three axes, `filler` for the leading ones that the grid lacks."""
-    return (*(filler,) * (3 - len(values)), *values)
-
-
 def grid_strides(prefix: str, tensor: Tensor) -> dict[str, int]:
     """Strides of [B, *grid, heads, dim] as the kernels name them, three axes, 0 for the axes that the grid lacks."""
     batch, *axes, heads, _ = tensor.stride()
@@ -497,15 +417,6 @@ def tile_arguments(cfg: Config) -> dict[str, int]:
     """Tiles, warps and stages as launch arguments."""
     tiles = {f"TQ{axis}": n for axis, n in enumerate(cfg.queries)} | {f"TK{axis}": n for axis, n in enumerate(cfg.keys)}
     return tiles | {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
-
-
-def count_tiles(problem: Problem, tile: tuple[int, int, int]) -> int:
-    """Tiles in all dilation groups of one head of one batch item."""
-    per_axis = (
-        min(dilation, size) * triton.cdiv(triton.cdiv(size, dilation), length)
-        for size, dilation, length in zip(three(problem.grid, 1), three(problem.dilation, 1), tile)
-    )
-    return math.prod(per_axis)
 
 
 class Inputs(NamedTuple):
@@ -637,7 +548,7 @@ def _call_on_meta(
     bias: str,
     extra: int,
 ) -> None:
-    """Forward, and with a bias backward, of one call on tensors without memory: its launches are what `aot` compiles."""
+    """Forward, with a bias also backward, of one call on tensors without memory: its launches are what `aot` compiles."""
     heads = 4
     query = torch.empty(2, *grid, heads, head_dim, dtype=dtype, device="meta")
     table = torch.empty(heads, *(2 * k - 1 for k in kernel_size), device="meta") if bias == "offset" else None

@@ -29,12 +29,9 @@ from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
 from attnzoo.kernels.neighborhood_attention.triton import (
     GEOMETRY,
-    Config,
     Inputs,
     bias_of_queries,
     common_arguments,
-    config_for,
-    count_tiles,
     grid_strides,
     member,
     nth_tile,
@@ -44,12 +41,13 @@ from attnzoo.kernels.neighborhood_attention.triton import (
     queries_of,
     query_axis,
     rows_of,
-    three,
     tile_of_program,
     visible,
+    whole_keys,
     window,
 )
-from attnzoo.kernels.triton_shared import LOG2E, load_rows, on_device, store_rows
+from attnzoo.kernels.neighborhood_attention.triton_config import Config, config_for, count_tiles, three
+from attnzoo.kernels.triton_shared import LOG2E, load_rows, on_device, store_rows, within
 
 MOVES = [f"{name}{axis}" for name in ("origin", "moves") for axis in range(3)]
 BIAS_PROGRAMS = 1024  # programs of na_grad_offset_bias in flight: bounds its partial sums to 16 MB at 64 x 64 pairs
@@ -101,6 +99,10 @@ def na_grad_query(
     count1 = tl.cdiv(high1 - low1, TK1)
     count2 = tl.cdiv(high2 - low2, TK2)
     tiles = tl.maximum(tl.cdiv(high0 - low0, TK0), 0) * tl.maximum(count1, 0) * tl.maximum(count2, 0)
+    if BIAS == "none":  # as in the forward
+        from0, to0 = whole_keys(t0, length0, kernel0, stride0, CAUSAL0, BORDER, TQ0, TK0)
+        from1, to1 = whole_keys(t1, length1, kernel1, stride1, CAUSAL1, BORDER, TQ1, TK1)
+        from2, to2 = whole_keys(t2, length2, kernel2, stride2, CAUSAL2, BORDER, TQ2, TK2)
 
     x0 = g0 + p0 * dilation0
     x1 = g1 + p1 * dilation1
@@ -143,14 +145,27 @@ def na_grad_query(
         k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-        seen = visible(
-            c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
-            first2[:, None], last2[:, None], RANK,
-        )  # fmt: skip
         if BIAS != "none":
+            seen = visible(
+                c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
+                first2[:, None], last2[:, None], RANK,
+            )  # fmt: skip
             index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
             logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-        p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+        else:
+            whole = within(low2 + a2 * TK2, from2, to2)
+            if RANK >= 2:
+                whole = whole & within(low1 + a1 * TK1, from1, to1)
+            if RANK == 3:
+                whole = whole & within(low0 + a0 * TK0, from0, to0)
+            if not whole:
+                seen = visible(
+                    c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None],
+                    first1[:, None], last1[:, None], first2[:, None], last2[:, None], RANK,
+                )  # fmt: skip
+                logits = tl.where(seen, logits, float("-inf"))
+        p = tl.math.exp2(logits - lse2[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - d[:, None])
         if GRAD_BIAS:
             index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
@@ -183,6 +198,15 @@ def key_axis(
     return t + j, length, low, high
 
 
+@triton.jit
+def seen_whole(t, p, high, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr,
+               TQ: tl.constexpr, TK: tl.constexpr):  # fmt: skip
+    """One axis: whether all queries p .. p + TQ - 1 that are below `high` see all keys t .. t + TK - 1."""
+    _first, last, _start = window(p, length, kernel, stride, CAUSAL, BORDER)
+    first, _last, _start = window(tl.minimum(p + TQ, high) - 1, length, kernel, stride, CAUSAL, BORDER)
+    return (first <= t) & (t + TK <= last)
+
+
 @triton.jit(do_not_specialize=GEOMETRY)
 def na_grad_key_value(
     query, key, value, bias, extra_key, extra_value, lse, grad_out, delta, grad_key, grad_value,
@@ -194,8 +218,9 @@ def na_grad_key_value(
     RANK: tl.constexpr, CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, BORDER: tl.constexpr,
     BIAS: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     TQ0: tl.constexpr, TQ1: tl.constexpr, TQ2: tl.constexpr, TK0: tl.constexpr, TK1: tl.constexpr, TK2: tl.constexpr,
+    GRAD_KEY: tl.constexpr, GRAD_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """grad_key and grad_value of one tile of keys; tiles [keys, queries] are the transposed ones of the forward."""
+    """grad_key and grad_value (each where asked for) of one tile of keys; tiles [keys, queries] are the transposed ones of the forward."""
     BM: tl.constexpr = TQ0 * TQ1 * TQ2
     BN: tl.constexpr = TK0 * TK1 * TK2
     rest, g0, g1, g2, t0, t1, t2 = tile_of_program(
@@ -241,10 +266,6 @@ def na_grad_key_value(
         p1 = low1 + a1 * TQ1 + i1
         p2 = low2 + a2 * TQ2 + i2
         valid = (p0 < high0) & (p1 < high1) & (p2 < high2)
-        first0, last0, start0 = window(tl.minimum(p0, length0 - 1), length0, kernel0, stride0, CAUSAL0, BORDER)
-        first1, last1, start1 = window(tl.minimum(p1, length1 - 1), length1, kernel1, stride1, CAUSAL1, BORDER)
-        first2, last2, start2 = window(tl.minimum(p2, length2 - 1), length2, kernel2, stride2, CAUSAL2, BORDER)
-        last2 = tl.where(valid, last2, first2)
         x0 = g0 + p0 * dilation0
         x1 = g1 + p1 * dilation1
         x2 = g2 + p2 * dilation2
@@ -253,26 +274,43 @@ def na_grad_key_value(
         do_offsets = offsets_of(x0, x1, x2, do_0, do_1, do_2, RANK, WIDE)
         q = load_rows(query + h.to(tl.int64) * q_h, q_offsets, valid, DIM, BLOCK_D, UPCAST)
         do = load_rows(grad_out + h.to(tl.int64) * do_h, do_offsets, valid, DIM_V, BLOCK_DV, UPCAST)
-        lse2, d = load_statistics(lse, delta, rows, valid)
+        lse2, d = load_statistics(lse, delta, rows, valid)  # queries that are not valid have weight 0 by their lse
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
-        seen = visible(
-            c0[:, None], c1[:, None], c2[:, None], first0[None, :], last0[None, :], first1[None, :], last1[None, :],
-            first2[None, :], last2[None, :], RANK,
-        )  # fmt: skip
-        if BIAS != "none":
-            pointer, bias_row = bias_of_queries(
-                bias, rows, b, h, p0, p1, p2, start0, start1, start2, kernel0, kernel1, kernel2,
-                bias_b, bias_weight0, bias_weight1, BIAS,
+        whole = BIAS == "none"
+        if BIAS == "none":
+            whole = seen_whole(t2, low2 + a2 * TQ2, high2, length2, kernel2, stride2, CAUSAL2, BORDER, TQ2, TK2)
+            if RANK >= 2:
+                whole &= seen_whole(t1, low1 + a1 * TQ1, high1, length1, kernel1, stride1, CAUSAL1, BORDER, TQ1, TK1)
+            if RANK == 3:
+                whole &= seen_whole(t0, low0 + a0 * TQ0, high0, length0, kernel0, stride0, CAUSAL0, BORDER, TQ0, TK0)
+        if not whole:
+            first0, last0, start0 = window(tl.minimum(p0, length0 - 1), length0, kernel0, stride0, CAUSAL0, BORDER)
+            first1, last1, start1 = window(tl.minimum(p1, length1 - 1), length1, kernel1, stride1, CAUSAL1, BORDER)
+            first2, last2, start2 = window(tl.minimum(p2, length2 - 1), length2, kernel2, stride2, CAUSAL2, BORDER)
+            last2 = tl.where(valid, last2, first2)
+            seen = visible(
+                c0[:, None], c1[:, None], c2[:, None], first0[None, :], last0[None, :], first1[None, :], last1[None, :],
+                first2[None, :], last2[None, :], RANK,
             )  # fmt: skip
-            index = bias_column[:, None] + bias_row[None, :]
-            logits += tl.load(pointer + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-        p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[None, :])
-        acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
-        acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
+            if BIAS != "none":
+                pointer, bias_row = bias_of_queries(
+                    bias, rows, b, h, p0, p1, p2, start0, start1, start2, kernel0, kernel1, kernel2,
+                    bias_b, bias_weight0, bias_weight1, BIAS,
+                )  # fmt: skip
+                index = bias_column[:, None] + bias_row[None, :]
+                logits += tl.load(pointer + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
+            logits = tl.where(seen, logits, float("-inf"))
+        p = tl.math.exp2(logits - lse2[None, :])
+        if GRAD_VALUE:
+            acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
+        if GRAD_KEY:
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
+            acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
-    store_rows(grad_key + tokens * heads_kv * DIM, key_rows * DIM, real, acc_k * scale, DIM, BLOCK_D)
-    store_rows(grad_value + tokens * heads_kv * DIM_V, key_rows * DIM_V, real, acc_v, DIM_V, BLOCK_DV)
+    if GRAD_KEY:
+        store_rows(grad_key + tokens * heads_kv * DIM, key_rows * DIM, real, acc_k * scale, DIM, BLOCK_D)
+    if GRAD_VALUE:
+        store_rows(grad_value + tokens * heads_kv * DIM_V, key_rows * DIM_V, real, acc_v, DIM_V, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, *MOVES, "first_head", "slice_heads", "per_program", "total"])
@@ -376,6 +414,7 @@ def na_grad_extra(
     RANK: tl.constexpr, CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, BORDER: tl.constexpr,
     BIAS: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     TQ0: tl.constexpr, TQ1: tl.constexpr, TQ2: tl.constexpr, TK0: tl.constexpr, TK1: tl.constexpr, TK2: tl.constexpr,
+    GRAD_KEY: tl.constexpr, GRAD_VALUE: tl.constexpr,
 ):  # fmt: skip
     """Gradients [chunk, B, n, heads_kv, dim] of a tile of additional keys and values over a chunk of all queries."""
     BM: tl.constexpr = TQ0 * TQ1 * TQ2
@@ -415,13 +454,17 @@ def na_grad_extra(
         lse2, d = load_statistics(lse + batch_rows, delta + batch_rows, rows, valid)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
         p = tl.math.exp2(tl.where(real[:, None], logits, float("-inf")) - lse2[None, :])
-        acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
-        acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
+        if GRAD_VALUE:
+            acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
+        if GRAD_KEY:
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
+            acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
     start = (chunk.to(tl.int64) * batch + b) * num_extra * heads_kv + h_kv
-    store_rows(grad_key + start * DIM, n * (heads_kv * DIM), real, acc_k * scale, DIM, BLOCK_D)
-    store_rows(grad_value + start * DIM_V, n * (heads_kv * DIM_V), real, acc_v, DIM_V, BLOCK_DV)
+    if GRAD_KEY:
+        store_rows(grad_key + start * DIM, n * (heads_kv * DIM), real, acc_k * scale, DIM, BLOCK_D)
+    if GRAD_VALUE:
+        store_rows(grad_value + start * DIM_V, n * (heads_kv * DIM_V), real, acc_v, DIM_V, BLOCK_DV)
 
 
 # ------------------------------------------------------------------------------------------------------- the launchers
@@ -495,31 +538,49 @@ def _grad_offset_bias(
 
 
 def _grad_extra(
-    inputs: Inputs, grad_out: Tensor, lse: Tensor, delta: Tensor, problem: Problem, cfg: Config
-) -> tuple[Tensor, Tensor]:
-    """The gradients of additional keys and values, [B, n, heads_kv, dim] in float32."""
+    inputs: Inputs,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    problem: Problem,
+    cfg: Config,
+    needs: tuple[bool, bool],
+) -> list[Tensor | None]:
+    """The gradients of additional keys and values, [B, n, heads_kv, dim] in float32, None where not needed."""
     queries, keys = (n[0] * n[1] * n[2] for n in (cfg.queries, cfg.keys))
     programs = triton.cdiv(problem.num_additional, keys) * problem.num_heads_kv * problem.batch
     steps = triton.cdiv(problem.num_tokens, queries) * (problem.num_heads // problem.num_heads_kv)
     per_program = triton.cdiv(steps, max(1, EXTRA_PROGRAMS // programs))
     chunks = triton.cdiv(steps, per_program)
     shape = (chunks, problem.batch, problem.num_additional, problem.num_heads_kv)
-    grad_key = torch.empty((*shape, problem.head_dim), dtype=torch.float32, device=grad_out.device)
-    grad_value = torch.empty((*shape, problem.head_dim_v), dtype=torch.float32, device=grad_out.device)
+    found = [
+        torch.empty((*shape, dim), dtype=torch.float32, device=grad_out.device) if needed else None
+        for dim, needed in zip((problem.head_dim, problem.head_dim_v), needs)
+    ]
     launch(
         na_grad_extra,
         (programs * chunks,),
         lse=lse,
         grad_out=grad_out,
         delta=delta,
-        grad_key=grad_key,
-        grad_value=grad_value,
+        grad_key=delta if found[0] is None else found[0],
+        grad_value=delta if found[1] is None else found[1],
         batch=problem.batch,
         per_program=per_program,
+        GRAD_KEY=needs[0],
+        GRAD_VALUE=needs[1],
         **common_arguments(inputs, problem, cfg, grad_out),
         **grid_strides("do", grad_out),
     )
-    return grad_key.sum(0), grad_value.sum(0)
+    return [None if gradient is None else gradient.sum(0) for gradient in found]
+
+
+def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> Tensor:
+    """<grad_out, out> - grad_lse per query, 0 for a row without keys, where no kernel has made it on its way."""
+    delta = torch.linalg.vecdot(grad_out.float(), out.float())
+    if grad_lse is not None:
+        delta -= grad_lse
+    return delta.masked_fill_(lse == -torch.inf, 0.0)
 
 
 def backward(
@@ -553,28 +614,33 @@ def backward(
         shape = (problem.batch, *problem.grid, problem.num_heads, problem.num_slots)
         grad_bias = torch.zeros(shape, dtype=torch.float32, device=query.device)
     delta = torch.empty(lse.shape, dtype=torch.float32, device=query.device)
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_query = grad_key = grad_value = grad_extra_key = grad_extra_value = None
     with on_device(query):
-        cfg = config_for("grad_query", problem)
-        launch(
-            na_grad_query,
-            (problem.batch * problem.num_heads * count_tiles(problem, cfg.queries),),
-            out=out,
-            lse=lse,
-            grad_out=grad_out,
-            grad_lse=lse if grad_lse is None else grad_lse.float().contiguous(),
-            delta=delta,
-            grad_query=grad_query,
-            grad_bias=delta if grad_bias is None else grad_bias,
-            HAS_GRAD_LSE=grad_lse is not None,
-            GRAD_BIAS=per_query_bias,
-            **common_arguments(inputs, problem, cfg, out, grad_out, grad_bias),
-            **grid_strides("do", grad_out),
-        )
-        grad_key = grad_value = grad_extra_key = grad_extra_value = None
+        if needs[0] or per_query_bias:
+            grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+            cfg = config_for("grad_query", problem)
+            launch(
+                na_grad_query,
+                (problem.batch * problem.num_heads * count_tiles(problem, cfg.queries),),
+                out=out,
+                lse=lse,
+                grad_out=grad_out,
+                grad_lse=lse if grad_lse is None else grad_lse.float().contiguous(),
+                delta=delta,
+                grad_query=grad_query,
+                grad_bias=delta if grad_bias is None else grad_bias,
+                HAS_GRAD_LSE=grad_lse is not None,
+                GRAD_BIAS=per_query_bias,
+                **common_arguments(inputs, problem, cfg, out, grad_out, grad_bias),
+                **grid_strides("do", grad_out),
+            )
+        elif needs[1] or needs[3] or needs[4]:
+            delta = _delta(grad_out, out, grad_lse, lse)
         if needs[1] or needs[2]:
-            grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-            grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            grad_key, grad_value = (
+                torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
+                for t, needed in ((key, needs[1]), (value, needs[2]))
+            )
             cfg = config_for("grad_key_value", problem)
             launch(
                 na_grad_key_value,
@@ -582,8 +648,10 @@ def backward(
                 lse=lse,
                 grad_out=grad_out,
                 delta=delta,
-                grad_key=grad_key,
-                grad_value=grad_value,
+                grad_key=delta if grad_key is None else grad_key,
+                grad_value=delta if grad_value is None else grad_value,
+                GRAD_KEY=needs[1],
+                GRAD_VALUE=needs[2],
                 **common_arguments(inputs, problem, cfg, out, grad_out),
                 **grid_strides("do", grad_out),
             )
@@ -592,7 +660,9 @@ def backward(
             grad_bias = _grad_offset_bias(inputs, grad_out, lse, delta, problem, cfg)
         if inputs.extra_key is not None and (needs[4] or needs[5]):
             cfg = config_for("grad_extra", problem)
-            grad_extra_key, grad_extra_value = _grad_extra(inputs, grad_out, lse, delta, problem, cfg)
+            grad_extra_key, grad_extra_value = _grad_extra(
+                inputs, grad_out, lse, delta, problem, cfg, (needs[4], needs[5])
+            )
     if grad_bias is not None and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
 

@@ -127,7 +127,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     Give it query, key and value (and what joins them), not biases: those stay in the precision they have.
     """
     device = next(t.device.type for t in tensors if t is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # "meta" has none
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

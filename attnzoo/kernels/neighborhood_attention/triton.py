@@ -13,7 +13,10 @@ Importing this module imports triton, so it is itself imported lazily.
 # (Triton kernels annotate only their compile-time arguments.)
 
 import functools
+import json
 import math
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +26,9 @@ from torch import Tensor
 
 from attnzoo.kernels.aot import Case
 from attnzoo.kernels.dispatch import interpreting
-from attnzoo.kernels.launch import launch
+from attnzoo.kernels.launch import launch, vendor
 from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.triton_config import Config, config_for, count_tiles, three
 from attnzoo.kernels.triton_shared import (
     LN2,
     LOG2E,
@@ -166,19 +168,6 @@ def query_axis(
 
 
 @triton.jit
-def whole_keys(
-    t, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr
-):
-    """One axis: a range of positions c such that all queries from t on, TQ of them, see all keys c .. c + TK - 1.
-
-    Queries beyond the group's end count as its last one. The range may be empty.
-    """
-    _first, last, _start = window(tl.minimum(t, length - 1), length, kernel, stride, CAUSAL, BORDER)
-    first, _last, _start = window(tl.minimum(t + TQ, length) - 1, length, kernel, stride, CAUSAL, BORDER)
-    return first, tl.maximum(last - TK + 1, first)
-
-
-@triton.jit
 def member(c0, c1, c2, length0, length1, length2, RANK: tl.constexpr):
     """Whether the positions lie in their group; borders of zeros reach beyond both ends."""
     inside = (c2 >= 0) & (c2 < length2)
@@ -281,10 +270,6 @@ def na_forward(
     count1 = tl.cdiv(high1 - low1, TK1)
     count2 = tl.cdiv(high2 - low2, TK2)
     tiles = tl.maximum(tl.cdiv(high0 - low0, TK0), 0) * tl.maximum(count1, 0) * tl.maximum(count2, 0)
-    if BIAS == "none":  # tiles of keys that all queries see whole need no mask
-        from0, to0 = whole_keys(t0, length0, kernel0, stride0, CAUSAL0, BORDER, TQ0, TK0)
-        from1, to1 = whole_keys(t1, length1, kernel1, stride1, CAUSAL1, BORDER, TQ1, TK1)
-        from2, to2 = whole_keys(t2, length2, kernel2, stride2, CAUSAL2, BORDER, TQ2, TK2)
 
     x0 = g0 + p0 * dilation0
     x1 = g1 + p1 * dilation1
@@ -316,26 +301,14 @@ def na_forward(
         y2 = g2 + c2 * dilation2
         k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+        seen = visible(
+            c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
+            first2[:, None], last2[:, None], RANK,
+        )  # fmt: skip
         if BIAS != "none":
-            seen = visible(
-                c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
-                first2[:, None], last2[:, None], RANK,
-            )  # fmt: skip
             index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
             logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-            logits = tl.where(seen, logits, float("-inf"))
-        else:
-            whole = within(low2 + a2 * TK2, from2, to2)
-            if RANK >= 2:
-                whole = whole & within(low1 + a1 * TK1, from1, to1)
-            if RANK == 3:
-                whole = whole & within(low0 + a0 * TK0, from0, to0)
-            if not whole:  # some query of the tile doesn't see some key of it
-                seen = visible(
-                    c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None],
-                    first1[:, None], last1[:, None], first2[:, None], last2[:, None], RANK,
-                )  # fmt: skip
-                logits = tl.where(seen, logits, float("-inf"))
+        logits = tl.where(seen, logits, float("-inf"))
         v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         top, total, acc = online_softmax(logits, v, top, total, acc, PRECISION)
 
@@ -359,6 +332,59 @@ def na_forward(
 
 
 # ------------------------------------------------------------------------------------------------------- the launcher
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut: tiles of queries and keys (three axes), warps per program, pipeline stages."""
+
+    queries: tuple[int, int, int]
+    keys: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    text = resources.files("attnzoo.configs").joinpath("autotune/neighborhood_attention.json").read_text()
+    return json.loads(text)
+
+
+def bucket(head_dim: int, head_dim_v: int) -> int:
+    """The head dims of the configuration table are powers of two from 32: the one that holds both."""
+    return max(32, triton.next_power_of_2(max(head_dim, head_dim_v)))
+
+
+@functools.cache
+def config(kernel: str, rank: int, head_dim: int, head_dim_v: int, itemsize: int, biased: bool, maker: str) -> Config:
+    """The table's entry: configs/autotune/neighborhood_attention.json, by kernel, element size, head dim and rank.
+
+    An entry may carry other numbers for calls with a bias ("biased": its indices take registers), and for "hip", which
+    win. maker is "cuda", "hip" or "interpreter"; the interpreter, whose cost is per step, has tiles of its own.
+    """
+    if maker == "interpreter":
+        entry = _table()["interpreter"]
+    else:
+        entry = _table()["kernels"][kernel][str(itemsize)][str(bucket(head_dim, head_dim_v))]
+        entry = entry | (entry.get("biased", {}) if biased else {}) | (entry.get("hip", {}) if maker == "hip" else {})
+    shapes = _table()["tiles"][str(rank)]
+
+    def tile(tokens: int) -> tuple[int, int, int]:
+        shape = shapes[str(tokens)]
+        return (*(1,) * (3 - rank), *shape)  # type: ignore[return-value]
+
+    return Config(tile(entry["queries"]), tile(entry["keys"]), entry["warps"], entry["stages"])
+
+
+def config_for(kernel: str, problem: Problem) -> Config:
+    """The configuration of one kernel for a problem, on the GPUs that this torch was built for."""
+    dims = problem.head_dim, problem.head_dim_v
+    return config(kernel, problem.rank, *dims, problem.dtype.itemsize, problem.bias != "none", vendor())
+
+
+def three(values: tuple, filler: Any) -> tuple:
+    """A tuple of one entry per axis as three axes, `filler` for the leading ones that the grid lacks."""
+    return (*(filler,) * (3 - len(values)), *values)
 
 
 def grid_strides(prefix: str, tensor: Tensor) -> dict[str, int]:
@@ -417,6 +443,15 @@ def tile_arguments(cfg: Config) -> dict[str, int]:
     """Tiles, warps and stages as launch arguments."""
     tiles = {f"TQ{axis}": n for axis, n in enumerate(cfg.queries)} | {f"TK{axis}": n for axis, n in enumerate(cfg.keys)}
     return tiles | {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
+
+
+def count_tiles(problem: Problem, tile: tuple[int, int, int]) -> int:
+    """Tiles in all dilation groups of one head of one batch item."""
+    per_axis = (
+        min(dilation, size) * triton.cdiv(triton.cdiv(size, dilation), length)
+        for size, dilation, length in zip(three(problem.grid, 1), three(problem.dilation, 1), tile)
+    )
+    return math.prod(per_axis)
 
 
 class Inputs(NamedTuple):
@@ -540,70 +575,50 @@ def backward(
 
 
 def _call_on_meta(
-    dtype: torch.dtype,
-    grid: tuple[int, ...],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    head_dim: int,
-    bias: str,
-    extra: int,
+    dtype: torch.dtype, grid: tuple[int, ...], kernel_size: tuple[int, ...], head_dim: int, bias: str, extra: int
 ) -> None:
-    """Forward, with a bias also backward, of one call on tensors without memory: its launches are what `aot` compiles."""
+    """Forward and backward of one call on tensors without memory: its launches are what `aot` compiles."""
     heads = 4
     query = torch.empty(2, *grid, heads, head_dim, dtype=dtype, device="meta")
     table = torch.empty(heads, *(2 * k - 1 for k in kernel_size), device="meta") if bias == "offset" else None
     if bias == "query":
         table = torch.empty(2, *grid, heads, math.prod(kernel_size), device="meta")
     more = torch.empty(2, extra, heads, head_dim, dtype=dtype, device="meta") if extra else None
+    ones, no = (1,) * len(grid), (False,) * len(grid)
     problem = Problem(
-        batch=2,
-        grid=grid,
-        num_heads=heads,
-        num_heads_kv=heads,
-        head_dim=head_dim,
-        head_dim_v=head_dim,
-        kernel_size=kernel_size,
-        stride=stride,
-        dilation=(1,) * len(grid),
-        is_causal=(False,) * len(grid),
-        scale=head_dim**-0.5,
-        border="shift",
-        bias=bias,
-        num_additional=extra,
-        dtype=dtype,
+        2,
+        grid,
+        heads,
+        heads,
+        head_dim,
+        head_dim,
+        kernel_size,
+        ones,
+        ones,
+        no,
+        head_dim**-0.5,
+        "shift",
+        bias,
+        extra,
+        dtype,
     )
     out, lse = forward(query, query, query, table, more, more, problem)
-    if bias != "none":  # a bias takes more registers, and of the gradients' kernels the same tiles
-        backward(out, lse, query, query, query, table, more, more, out, lse, problem)
+    backward(out, lse, query, query, query, table, more, more, out, lse, problem)
 
 
-# Per rank: grid, kernel_size and stride of a small and of a large window (those of FLUX at 4096 px and HunyuanVideo).
-_CALLS = {
-    1: (((4096,), (17,), (1,)), ((4096,), (1025,), (1,))),
-    2: (((56, 56), (7, 7), (1, 1)), ((256, 256), (80, 80), (16, 16))),
-    3: (((12, 24, 24), (5, 7, 7), (1, 1, 1)), ((30, 48, 80), (18, 24, 24), (16, 8, 8))),
-}
 _SPILLS = dict.fromkeys(("na_grad_query", "na_grad_key_value", "na_grad_offset_bias", "na_grad_extra"), 64)
-
-
-def _case(dtype: torch.dtype, head_dim: int, rank: int, bias: str, large: bool) -> Case:
-    """A call with every kernel (a bias, additional keys), or the forward alone."""
-    extra = 16 if bias != "none" else 0
-    label = f"{str(dtype)[6:]} d{head_dim} {rank}-D" + (f" {bias} bias" if bias != "none" else "")
-    return Case(
-        label + " extra" * bool(extra) + " large" * large,
-        functools.partial(_call_on_meta, dtype, *_CALLS[rank][large], head_dim, bias, extra),
-        quick=(dtype, head_dim, rank, bias) == (torch.float16, 32, 2, "offset"),
+_GRIDS = {2: ((56, 56), (7, 7)), 3: ((12, 24, 24), (5, 7, 7))}
+AOT = [
+    Case(
+        f"{str(dtype)[6:]} d{head_dim} {rank}-D" + (f" {bias} bias" if bias != "none" else "") + " extra" * bool(extra),
+        functools.partial(_call_on_meta, dtype, *_GRIDS[rank], head_dim, bias, extra),
+        quick=(head_dim, bias, dtype) == (32, "offset", torch.float16),
         spills=_SPILLS,
     )
-
-
-# All that the table can choose: each kernel for every element size, head dim, rank and kind.
-AOT = [
-    _case(dtype, head_dim, rank, bias, large)
-    for dtype in (torch.float16, torch.float32)
-    for head_dim in (32, 64, 128, 256)
-    for rank in (1, 2, 3)
-    for bias, large in (("offset", False), ("none", False), ("none", True))
-    if not large or (dtype == torch.float16 and head_dim < 256)
+    for dtype, head_dim, rank, bias, extra in (
+        (torch.float16, 32, 2, "offset", 16),
+        (torch.float16, 64, 3, "offset", 16),
+        (torch.float16, 128, 2, "offset", 16),
+        (torch.float32, 64, 2, "offset", 16),
+    )
 ]

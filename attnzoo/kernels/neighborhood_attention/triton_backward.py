@@ -29,9 +29,12 @@ from attnzoo.kernels.library import last_dim_contiguous
 from attnzoo.kernels.neighborhood_attention.problem import Problem
 from attnzoo.kernels.neighborhood_attention.triton import (
     GEOMETRY,
+    Config,
     Inputs,
     bias_of_queries,
     common_arguments,
+    config_for,
+    count_tiles,
     grid_strides,
     member,
     nth_tile,
@@ -41,13 +44,12 @@ from attnzoo.kernels.neighborhood_attention.triton import (
     queries_of,
     query_axis,
     rows_of,
+    three,
     tile_of_program,
     visible,
-    whole_keys,
     window,
 )
-from attnzoo.kernels.neighborhood_attention.triton_config import Config, config_for, count_tiles, three
-from attnzoo.kernels.triton_shared import LOG2E, load_rows, on_device, store_rows, within
+from attnzoo.kernels.triton_shared import LOG2E, load_rows, on_device, store_rows
 
 MOVES = [f"{name}{axis}" for name in ("origin", "moves") for axis in range(3)]
 BIAS_PROGRAMS = 1024  # programs of na_grad_offset_bias in flight: bounds its partial sums to 16 MB at 64 x 64 pairs
@@ -99,10 +101,6 @@ def na_grad_query(
     count1 = tl.cdiv(high1 - low1, TK1)
     count2 = tl.cdiv(high2 - low2, TK2)
     tiles = tl.maximum(tl.cdiv(high0 - low0, TK0), 0) * tl.maximum(count1, 0) * tl.maximum(count2, 0)
-    if BIAS == "none":  # as in the forward
-        from0, to0 = whole_keys(t0, length0, kernel0, stride0, CAUSAL0, BORDER, TQ0, TK0)
-        from1, to1 = whole_keys(t1, length1, kernel1, stride1, CAUSAL1, BORDER, TQ1, TK1)
-        from2, to2 = whole_keys(t2, length2, kernel2, stride2, CAUSAL2, BORDER, TQ2, TK2)
 
     x0 = g0 + p0 * dilation0
     x1 = g1 + p1 * dilation1
@@ -145,27 +143,14 @@ def na_grad_query(
         k = load_rows(key, offsets_of(y0, y1, y2, k_0, k_1, k_2, RANK, WIDE), real, DIM, BLOCK_D, UPCAST)
         v = load_rows(value, offsets_of(y0, y1, y2, v_0, v_1, v_2, RANK, WIDE), real, DIM_V, BLOCK_DV, UPCAST)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+        seen = visible(
+            c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
+            first2[:, None], last2[:, None], RANK,
+        )  # fmt: skip
         if BIAS != "none":
-            seen = visible(
-                c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None], first1[:, None], last1[:, None],
-                first2[:, None], last2[:, None], RANK,
-            )  # fmt: skip
             index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
             logits += tl.load(bias + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-            logits = tl.where(seen, logits, float("-inf"))
-        else:
-            whole = within(low2 + a2 * TK2, from2, to2)
-            if RANK >= 2:
-                whole = whole & within(low1 + a1 * TK1, from1, to1)
-            if RANK == 3:
-                whole = whole & within(low0 + a0 * TK0, from0, to0)
-            if not whole:
-                seen = visible(
-                    c0[None, :], c1[None, :], c2[None, :], first0[:, None], last0[:, None],
-                    first1[:, None], last1[:, None], first2[:, None], last2[:, None], RANK,
-                )  # fmt: skip
-                logits = tl.where(seen, logits, float("-inf"))
-        p = tl.math.exp2(logits - lse2[:, None])
+        p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[:, None])
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - d[:, None])
         if GRAD_BIAS:
             index = bias_row[:, None] + (c0 * bias_weight0 + c1 * bias_weight1 + c2)[None, :]
@@ -198,15 +183,6 @@ def key_axis(
     return t + j, length, low, high
 
 
-@triton.jit
-def seen_whole(t, p, high, length, kernel, stride, CAUSAL: tl.constexpr, BORDER: tl.constexpr,
-               TQ: tl.constexpr, TK: tl.constexpr):  # fmt: skip
-    """One axis: whether all queries p .. p + TQ - 1 that are below `high` see all keys t .. t + TK - 1."""
-    _first, last, _start = window(p, length, kernel, stride, CAUSAL, BORDER)
-    first, _last, _start = window(tl.minimum(p + TQ, high) - 1, length, kernel, stride, CAUSAL, BORDER)
-    return (first <= t) & (t + TK <= last)
-
-
 @triton.jit(do_not_specialize=GEOMETRY)
 def na_grad_key_value(
     query, key, value, bias, extra_key, extra_value, lse, grad_out, delta, grad_key, grad_value,
@@ -220,7 +196,7 @@ def na_grad_key_value(
     TQ0: tl.constexpr, TQ1: tl.constexpr, TQ2: tl.constexpr, TK0: tl.constexpr, TK1: tl.constexpr, TK2: tl.constexpr,
     GRAD_KEY: tl.constexpr, GRAD_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """grad_key and grad_value (each where asked for) of one tile of keys; tiles [keys, queries] are the transposed ones of the forward."""
+    """grad_key and grad_value, as asked, of one tile of keys; tiles [keys, queries] are the forward's transposed."""
     BM: tl.constexpr = TQ0 * TQ1 * TQ2
     BN: tl.constexpr = TK0 * TK1 * TK2
     rest, g0, g1, g2, t0, t1, t2 = tile_of_program(
@@ -266,6 +242,10 @@ def na_grad_key_value(
         p1 = low1 + a1 * TQ1 + i1
         p2 = low2 + a2 * TQ2 + i2
         valid = (p0 < high0) & (p1 < high1) & (p2 < high2)
+        first0, last0, start0 = window(tl.minimum(p0, length0 - 1), length0, kernel0, stride0, CAUSAL0, BORDER)
+        first1, last1, start1 = window(tl.minimum(p1, length1 - 1), length1, kernel1, stride1, CAUSAL1, BORDER)
+        first2, last2, start2 = window(tl.minimum(p2, length2 - 1), length2, kernel2, stride2, CAUSAL2, BORDER)
+        last2 = tl.where(valid, last2, first2)
         x0 = g0 + p0 * dilation0
         x1 = g1 + p1 * dilation1
         x2 = g2 + p2 * dilation2
@@ -274,33 +254,20 @@ def na_grad_key_value(
         do_offsets = offsets_of(x0, x1, x2, do_0, do_1, do_2, RANK, WIDE)
         q = load_rows(query + h.to(tl.int64) * q_h, q_offsets, valid, DIM, BLOCK_D, UPCAST)
         do = load_rows(grad_out + h.to(tl.int64) * do_h, do_offsets, valid, DIM_V, BLOCK_DV, UPCAST)
-        lse2, d = load_statistics(lse, delta, rows, valid)  # queries that are not valid have weight 0 by their lse
+        lse2, d = load_statistics(lse, delta, rows, valid)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
-        whole = BIAS == "none"
-        if BIAS == "none":
-            whole = seen_whole(t2, low2 + a2 * TQ2, high2, length2, kernel2, stride2, CAUSAL2, BORDER, TQ2, TK2)
-            if RANK >= 2:
-                whole &= seen_whole(t1, low1 + a1 * TQ1, high1, length1, kernel1, stride1, CAUSAL1, BORDER, TQ1, TK1)
-            if RANK == 3:
-                whole &= seen_whole(t0, low0 + a0 * TQ0, high0, length0, kernel0, stride0, CAUSAL0, BORDER, TQ0, TK0)
-        if not whole:
-            first0, last0, start0 = window(tl.minimum(p0, length0 - 1), length0, kernel0, stride0, CAUSAL0, BORDER)
-            first1, last1, start1 = window(tl.minimum(p1, length1 - 1), length1, kernel1, stride1, CAUSAL1, BORDER)
-            first2, last2, start2 = window(tl.minimum(p2, length2 - 1), length2, kernel2, stride2, CAUSAL2, BORDER)
-            last2 = tl.where(valid, last2, first2)
-            seen = visible(
-                c0[:, None], c1[:, None], c2[:, None], first0[None, :], last0[None, :], first1[None, :], last1[None, :],
-                first2[None, :], last2[None, :], RANK,
+        seen = visible(
+            c0[:, None], c1[:, None], c2[:, None], first0[None, :], last0[None, :], first1[None, :], last1[None, :],
+            first2[None, :], last2[None, :], RANK,
+        )  # fmt: skip
+        if BIAS != "none":
+            pointer, bias_row = bias_of_queries(
+                bias, rows, b, h, p0, p1, p2, start0, start1, start2, kernel0, kernel1, kernel2,
+                bias_b, bias_weight0, bias_weight1, BIAS,
             )  # fmt: skip
-            if BIAS != "none":
-                pointer, bias_row = bias_of_queries(
-                    bias, rows, b, h, p0, p1, p2, start0, start1, start2, kernel0, kernel1, kernel2,
-                    bias_b, bias_weight0, bias_weight1, BIAS,
-                )  # fmt: skip
-                index = bias_column[:, None] + bias_row[None, :]
-                logits += tl.load(pointer + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
-            logits = tl.where(seen, logits, float("-inf"))
-        p = tl.math.exp2(logits - lse2[None, :])
+            index = bias_column[:, None] + bias_row[None, :]
+            logits += tl.load(pointer + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
+        p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[None, :])
         if GRAD_VALUE:
             acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
         if GRAD_KEY:

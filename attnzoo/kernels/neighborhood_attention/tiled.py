@@ -391,7 +391,7 @@ class _Inputs:
         clamp: nothing has shown the logits of keys that are not seen to be small; they must not become infinite.
         """
         weights, far = self._logits(unit, tiles, self.call.problem.scale)
-        if clamp:
+        if clamp and not self.call.plan.closed:
             weights.clamp_(max=2 * _SAFE)  # the others are below lse - bias
         weights.exp_()
         self.call.apply(weights, unit, tiles, self.bias, added=False)
@@ -417,14 +417,14 @@ class _Inputs:
         return weights, far, shift
 
 
-def _bounded(problem: Problem, tensors: tuple[Tensor | None, ...]) -> bool:
+def _bounded(problem: Problem, tensors: tuple[Tensor | None, ...], tile: tuple[int, ...] | None) -> bool:
     """Whether nothing speaks against weights without a maximum, but the denominators' size."""
     _, key, value, bias, _, _ = tensors
     assert key is not None and value is not None
     if problem.bias == "query" or problem.batch == 0:
         return False
-    for tensor in (key, value):  # what lies in a box and is not seen must be finite: it is multiplied with 0
-        if not math.isfinite(float(tensor.sum(dtype=problem.compute_dtype))):
+    if not plan(problem, tile).closed:  # what lies in a box and is not seen must be finite: it is multiplied with 0
+        if not all(math.isfinite(float(t.sum(dtype=problem.compute_dtype))) for t in (key, value)):
             return False
     if bias is None:
         return True
@@ -477,7 +477,7 @@ def forward(
     lse = query.new_empty(query.shape[:-1], dtype=problem.compute_dtype)
     tensors = (query, key, value, bias, additional_keys, additional_values)
     for bounded in (True, False):
-        if bounded and not _bounded(problem, tensors):
+        if bounded and not _bounded(problem, tensors, tile):
             continue
         call = _Call(problem, tile, separate=not bounded)
         inputs, first = _Inputs(call, tensors), True
@@ -628,7 +628,7 @@ def backward(
     tensors = (query, key, value, bias, additional_keys, additional_values)
     asked = [needed and tensor is not None for needed, tensor in zip(needs, tensors, strict=True)]
     dtype = problem.compute_dtype
-    bounded = _bounded(problem, tensors) and _safe(lse)
+    bounded = _bounded(problem, tensors, tile) and _safe(lse)
     call = _Call(problem, tile, separate=not bounded)
 
     def zeros(number: int) -> Tensor | None:

@@ -41,7 +41,7 @@ _TILE_COST = 250.0
 _CHUNK_COST = 20000.0
 _LANES = 16
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
-CHUNK = 1 << 18  # query-key pairs that are worked on at a time
+CHUNK = 3 << 17  # query-key pairs that are worked on at a time
 _KEPT = 1 << 21  # elements of tables that a plan may keep
 _numbers = itertools.count()
 
@@ -326,6 +326,11 @@ class Plan:
         first = self.loop.first
         return max(0, -first[0]), max(0, first[-1] + self.loop.width - self.strip)
 
+    @cached_property
+    def closed(self) -> bool:
+        """Whether every query sees all keys of its box, as in cells of tokens that attend among themselves."""
+        return all(bool(tiles.allowed(slice(0, tiles.count)).all()) for tiles in self.axes)
+
     def regions(self, most: int) -> tuple[Region, ...]:
         """All groups and inner tiles in regions of about `most` strips, at least one."""
         name = ("regions", most)
@@ -447,15 +452,15 @@ class Plan:
 
         To multiply weights with, 1 where allowed and 0 elsewhere; or, `added`, to add to logits, 0 and -inf.
         """
+        if self.closed:
+            return None
         name = ("mask", self.kinds(region), repeats, added)
         if name in self._kept:
             return self._kept[name]
-        allowed, made = self.allowed(region), None
-        if not bool(allowed.all()):
-            table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
-            made = table.repeat(1, 1, 1, repeats)
-        held = sum(mask.numel() for key, mask in self._kept.items() if key[0] == "mask" and mask is not None)
-        if made is None or held + made.numel() <= _KEPT:
+        allowed = self.allowed(region)
+        table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
+        made = table.repeat(1, 1, 1, repeats)
+        if sum(mask.numel() for key, mask in self._kept.items() if key[0] == "mask") + made.numel() <= _KEPT:
             self._kept[name] = made
         return made
 

@@ -34,7 +34,7 @@ _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _SAFE = 40.0  # of lse: a weight that is lost at exp(-87) is then below every result's rounding
 _BIASES = (-_SAFE, 20.0)  # so that exp(bias) and what it multiplies lose nothing either
 _BIAS = 1 << 23  # elements of bias tables that a call keeps
-_WORKSPACE = 1 << 22  # elements that a thread keeps from call to call, and
+_WORKSPACE = 1 << 22  # elements that a thread keeps from call to call (times `_sharing`), and
 _VIEWS = 1 << 12  # how many views of them
 
 _kept = threading.local()
@@ -79,6 +79,11 @@ class _Unit:
         return self.matrices * math.prod(self.region.shape)
 
 
+def _sharing() -> int:
+    """How many times CHUNK pairs are worked on at a time: several threads share them, and each wants enough."""
+    return min(torch.get_num_threads(), 4)
+
+
 class _Memory:
     """Buffers that a thread keeps from call to call, and views of them: both cost as much as the sums to make anew."""
 
@@ -96,7 +101,7 @@ class _Memory:
 
     def trim(self) -> None:
         """Give back what is beyond the limits."""
-        if sum(buffer.numel() for buffer in self.buffers.values()) > _WORKSPACE:
+        if sum(buffer.numel() for buffer in self.buffers.values()) > _WORKSPACE * _sharing():
             self.buffers.clear()
             self.views.clear()
         if len(self.views) > _VIEWS:
@@ -113,8 +118,7 @@ class _Call:
         self.dtype = problem.compute_dtype
         self.name = (self.plan.number, self.repeats, self.dtype)  # in the names of views
         self.rows = self.plan.queries * self.repeats  # of a tile's logits, once per query head
-        # pairs worked on at a time, more where threads share them
-        self.chunk = tiling.CHUNK * torch.get_num_threads()
+        self.chunk = tiling.CHUNK * _sharing()  # pairs worked on at a time
         self._tables: dict[tuple, Tensor] = {}
         if not hasattr(_kept, "memory"):
             _kept.memory = _Memory()
@@ -423,9 +427,9 @@ def _bounded(problem: Problem, tensors: tuple[Tensor | None, ...], tile: tuple[i
     assert key is not None and value is not None
     if problem.bias == "query" or problem.batch == 0:
         return False
-    if not plan(problem, tile).closed:  # what lies in a box and is not seen must be finite: it is multiplied with 0
-        if not all(math.isfinite(float(t.sum(dtype=problem.compute_dtype))) for t in (key, value)):
-            return False
+    finite = (math.isfinite(float(t.sum(dtype=problem.compute_dtype))) for t in (key, value))
+    if not plan(problem, tile).closed and not all(finite):  # what lies in a box and is not seen is multiplied with 0
+        return False
     if bias is None:
         return True
     least, most = bias.masked_fill(bias == -math.inf, 0.0).aminmax()

@@ -443,3 +443,26 @@ def test_memory(grid: tuple[int, ...], kernel: Any, dilation: int, batch: int, b
             assert measured <= bar * unit, f"{measured / unit:.1f} times with {count} threads"
     finally:
         torch.set_num_threads(threads)
+
+
+FLEX = [
+    Case((30,), (7,), (3,), (2,), (True,), "shift", extra=2, head_dim=16, head_dim_v=16),
+    Case((9, 8), (5, 4), (2, 1), (1, 2), (False, True), "shift", "offset", heads=4, head_dim=16, head_dim_v=8),
+    Case((7, 9), (5, 7), (1, 2), (3, 2), (False, False), "mask", "offset", extra=3, head_dim=16, head_dim_v=16),
+    Case((4, 5, 6), (3, 2, 5), (2, 1, 3), (1, 2, 1), (True, False, False), "mask", batch=2, head_dim=16),
+    Case((12, 12), (4, 4), (4, 4), (1, 1), (False, False), "shift", head_dim=16, head_dim_v=16),
+]
+
+
+@pytest.mark.parametrize("case", FLEX, ids=lambda case: f"{case.grid}-{case.border}")
+def test_flex_says_the_same(case: Case) -> None:
+    """Eagerly, out and lse: what flex serves it serves with this library's meaning."""
+    from attnzoo.kernels.neighborhood_attention import _problem, flex
+
+    tensors = [None if t is None else t.float() for t in tensors_of(case)]
+    options = [case.kernel_size, case.stride, case.dilation, case.is_causal, case.head_dim**-0.5, case.border]
+    problem = _problem(tensors, options, return_lse=True)
+    assert flex.reasons(problem) == ["flex returns no lse on a CPU"]
+    want = formula(case, [None if t is None else t.double() for t in tensors])
+    for got, exact in zip(flex.attend(*tensors, problem, compiled=False), want, strict=True):
+        assert error(got, exact) < 1e-5

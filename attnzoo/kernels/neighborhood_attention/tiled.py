@@ -246,33 +246,33 @@ class _Call:
             else:
                 goal.add_(part, alpha=factor)
 
-    def sum_boxes(self, name: str, made: Tensor, unit: _Unit, tiles: slice) -> Tensor:
-        """The keys' sums over the boxes [tiles, keys, dim] that hold them, in strips, for a range of a unit's tiles.
+    def sum_boxes(self, name: str, left: Tensor, right: Tensor, unit: _Unit, tiles: slice) -> Tensor:
+        """The sums of left @ right, boxes [tiles, keys, dim], over the boxes that hold a key, in strips [keys, dim].
 
-        Every range adds to the same strips; what boxes hold beyond the ends is zero, and so is left out.
+        For a range of a unit's tiles; every range adds to the same strips. What boxes hold beyond the ends is zero, and
+        so is left out. As many rows of the boxes at a time as there are between two tiles: those of all tiles are then
+        as they lie in the strips.
         """
-        cut, dim = self.plan, made.shape[-1]
-        width, step = cut.row * dim, cut.loop.tile
+        cut, dim = self.plan, right.shape[-1]
         before, after = cut.margin
-        rows = before + unit.strips * cut.strip + after
-        whole = self.scratch(name, rows * width)
-        boxes = made.view(len(made), cut.loop.width, width)
-        start = before + cut.loop.first[0] + tiles.start * step
-        if tiles.start == 0:  # the boxes' first rows are written, the rest is added
-            whole[: start * width].zero_()
-            whole[(start + len(made) * step) * width :].zero_()
-        for row in range(0, cut.loop.width, step):
-            part = boxes[:, row : row + step]
-            at = whole.storage_offset() + (start + row) * width
-            goal = whole.as_strided(part.shape, (step * width, width, 1), at)
-            if row == 0 and tiles.start == 0:
-                goal.copy_(part)
-                short = step - part.shape[1]
-                if short:
-                    whole.as_strided((len(made), short, width), (step * width, width, 1), at + part[0].numel()).zero_()
+        step = cut.loop.tile * cut.row
+        whole = self.scratch(name, (before + unit.strips * cut.strip + after) * cut.row, dim)
+        start = (before + cut.loop.first[0]) * cut.row + tiles.start * step
+        end = start + len(left) * step
+        for key in range(0, cut.keys, step):
+            part = left[:, key : key + step]
+            at = whole.storage_offset() + (start + key) * dim
+            goal = whole.as_strided((len(left), part.shape[1], dim), (step * dim, dim, 1), at)
+            if key or tiles.start:
+                goal.add_(self.product("d_box", part, right))
+                continue
+            whole[:start].zero_()
+            whole[start if part.shape[1] < step else end :].zero_()
+            if part.shape[1] < step:
+                goal.copy_(self.product("d_box", part, right))
             else:
-                goal.add_(part)
-        return whole[before * width : (before + unit.strips * cut.strip) * width].view(-1, dim)
+                torch.bmm(part, right, out=goal)
+        return whole[before * cut.row : (before + unit.strips * cut.strip) * cut.row]
 
     # -- masks and biases
 
@@ -562,7 +562,7 @@ def _unit_backward(
     logs = None  # infinite where there is no query: its weights are then 0, whatever the bias
     if not bounded:
         logs = call.copy("lse", lse[..., None], unit, True, math.inf).mul_(_LOG2E)
-    d_query = call.scratch("d_query", *inputs.queries.shape) if grads.query is not None else None
+    d_query = call.scratch("out", *inputs.queries.shape) if grads.query is not None else None
     d_bias = d_key = d_value = None
     if grads.bias is not None and inputs.bias_rows is not None:
         d_bias = call.scratch("d_bias", *inputs.queries.shape[:-1], inputs.bias_rows.shape[-1])
@@ -573,7 +573,7 @@ def _unit_backward(
         else:
             weights, far, _ = inputs.shifted_weights(unit, tiles, logs[tiles, :, 0])
         if grads.value is not None:
-            d_value = call.sum_boxes("d_value", call.product("d_box", weights, grad), unit, tiles)
+            d_value = call.sum_boxes("d_value", weights, grad, unit, tiles)
         shift = None
         if deltas is not None:
             shift = deltas[tiles]
@@ -586,7 +586,7 @@ def _unit_backward(
             if d_query is not None:
                 torch.bmm(d_logits.transpose(1, 2), keys, out=d_query[tiles])
             if grads.key is not None:
-                d_key = call.sum_boxes("d_key", call.product("d_box", d_logits, queries), unit, tiles)
+                d_key = call.sum_boxes("d_key", d_logits, queries, unit, tiles)
         if far is None or inputs.far_key is None or inputs.far_value is None:
             continue
         far_query, far_grad = (t.reshape(unit.matrices, -1, t.shape[-1]) for t in (queries, grad))

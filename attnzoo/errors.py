@@ -5,6 +5,7 @@ Nothing here knows an operation; a room calls these before it changes or allocat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,6 +37,27 @@ def check_tensor(name: str, value: Any, ndim: int | None = None, dtypes: Iterabl
     if dtypes is not None and value.dtype not in (allowed := tuple(dtypes)):
         wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name} must be one of {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+
+
+def check_dense(name: str, value: torch.Tensor) -> None:
+    """Raise TypeError for a sparse or nested tensor: its rows are not where strides would say."""
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else f"layout {str(value.layout).removeprefix('torch.')}"
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}; pad ragged batches")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a real number (no bool, no tensor), ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+    if isinstance(value, (int, float)) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}: {value!r}")
 
 
 def check_same(attribute: str, **tensors: torch.Tensor | None) -> None:

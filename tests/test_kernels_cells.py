@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from attnzoo.kernels import neighborhood_attention
-from attnzoo.kernels.neighborhood_attention import tiled
+from attnzoo.kernels.neighborhood_attention import tiling
 
 
-@pytest.mark.parametrize("memory", [None, (700, 200)], ids=["roomy", "tight"])
+@pytest.mark.parametrize("chunk", [None, 700], ids=["roomy", "tight"])
 @pytest.mark.parametrize(
     "grid, kernel_size, stride, dilation, border",
     [
@@ -21,11 +21,10 @@ from attnzoo.kernels.neighborhood_attention import tiled
         ((4, 4, 6), (2, 4, 3), (2, 1, 3), (1, 1, 1), "shift"),
     ],
 )
-def test_windows_that_cut_the_grid_into_cells(grid, kernel_size, stride, dilation, border, memory, monkeypatch):
-    """The CPU path's own route for block, grid and widest-dilation attention, with biases, some of them -inf."""
-    if memory:
-        monkeypatch.setattr(tiled, "_LOGITS", memory[0])
-        monkeypatch.setattr(tiled, "_COLUMN", memory[1])
+def test_windows_that_cut_the_grid_into_cells(grid, kernel_size, stride, dilation, border, chunk, monkeypatch):
+    """On the CPU path: block, grid and widest-dilation attention, with biases, some of them -inf."""
+    if chunk:
+        monkeypatch.setattr(tiling, "CHUNK", chunk)
     for heads_kv, bias in ((4, None), (2, 0.0), (4, -torch.inf)):
         query = torch.randn(2, *grid, 4, 5, dtype=torch.float64, requires_grad=True)
         key = torch.randn(2, *grid, heads_kv, 5, dtype=torch.float64, requires_grad=True)

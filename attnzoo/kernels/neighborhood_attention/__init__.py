@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.errors import check_choice, check_same, check_tensor, per_axis
+from attnzoo.errors import check_choice, check_dense, check_flag, check_number, check_same, check_tensor, per_axis
 from attnzoo.kernels import dispatch, library
 from attnzoo.kernels.neighborhood_attention import reference
 from attnzoo.kernels.neighborhood_attention.problem import Problem
@@ -31,6 +31,7 @@ __all__ = ["na1d", "na2d", "na3d", "neighborhood_attention", "neighborhood_logit
 
 NAME = "neighborhood_attention"
 BORDERS = ("shift", "mask", "zero")
+_LARGEST = 2**24  # positions are 32-bit numbers in the kernels, products of a few of these included
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 PerAxis = int | Sequence[int]
@@ -47,21 +48,20 @@ def _bias_kind(bias: Tensor | None, rank: int) -> str:
 def _check_tensors(
     query: Tensor, key: Tensor, value: Tensor, additional_keys: Tensor | None, additional_values: Tensor | None
 ) -> None:
-    """Shapes, dtypes and devices of everything but the bias."""
-    check_tensor("query", query, dtypes=_DTYPES)
+    """Shapes, dtypes and devices of everything but the bias, whose types have been checked."""
     if not 4 <= query.ndim <= 6:
         raise ValueError(
             "query must be [B, *grid, heads, head_dim] with one to three grid axes, "
             f"got {query.ndim} dimensions: query.shape={tuple(query.shape)}"
         )
-    check_tensor("key", key, ndim=query.ndim, dtypes=_DTYPES)
-    check_tensor("value", value, ndim=query.ndim, dtypes=_DTYPES)
+    check_tensor("key", key, ndim=query.ndim)
+    check_tensor("value", value, ndim=query.ndim)
     if (additional_keys is None) != (additional_values is None):
         given = "additional_keys" if additional_values is None else "additional_values"
         raise ValueError(f"additional_keys and additional_values go together, got only {given}")
     if additional_keys is not None:
-        check_tensor("additional_keys", additional_keys, ndim=4, dtypes=_DTYPES)
-        check_tensor("additional_values", additional_values, ndim=4, dtypes=_DTYPES)
+        check_tensor("additional_keys", additional_keys, ndim=4)
+        check_tensor("additional_values", additional_values, ndim=4)
     together = {
         "query": query,
         "key": key,
@@ -95,7 +95,6 @@ def _check_tensors(
 def _check_bias(bias: Tensor | None, query: Tensor, kernel_size: tuple[int, ...]) -> None:
     if bias is None:
         return
-    check_tensor("bias", bias, dtypes=_DTYPES)
     check_same("device", query=query, bias=bias)
     rank, heads = len(kernel_size), query.shape[-2]
     offset = (heads, *(2 * k - 1 for k in kernel_size))
@@ -119,6 +118,9 @@ def _geometry(
     kernel_size = per_axis("kernel_size", kernel_size, rank, int, low=1)
     stride = per_axis("stride", stride, rank, int, low=1)
     dilation = per_axis("dilation", dilation, rank, int, low=1)
+    for name, values in (("kernel_size", kernel_size), ("dilation", dilation)):
+        if any(value > _LARGEST for value in values):
+            raise ValueError(f"{name} must be at most {_LARGEST} on every axis, got {values}")
     is_causal = per_axis("is_causal", is_causal, rank, bool)
     check_choice("border", border, BORDERS)
     if any(s > k for s, k in zip(stride, kernel_size)):
@@ -185,8 +187,9 @@ def _backward(
     out, lse = results
     grad_out = torch.zeros_like(out) if gradients[0] is None else library.last_dim_contiguous(gradients[0])
     given = (t if t is None else library.last_dim_contiguous(t) for t in tensors)
-    found = dispatch.backend_module(NAME, backend).backward(grad_out, gradients[1], *given, out, lse, problem)
-    return [gradient if needed else None for gradient, needed in zip(found, needs, strict=True)]
+    return list(
+        dispatch.backend_module(NAME, backend).backward(grad_out, gradients[1], *given, out, lse, problem, needs)
+    )
 
 
 _operator = library.register(
@@ -220,8 +223,13 @@ def _prepare(
     additional_values: Tensor | None = None,
 ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
     """The public function's arguments as the operator's: tensors (after autocast) and options but the back end."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
+    given = {"query": query, "key": key, "value": value}
+    optional = {"bias": bias, "additional_keys": additional_keys, "additional_values": additional_values}
+    for name, tensor in (given | {name: tensor for name, tensor in optional.items() if tensor is not None}).items():
+        check_tensor(name, tensor, dtypes=_DTYPES)
+        check_dense(name, tensor)
+    if scale is not None:
+        check_number("scale", scale)
     query, key, value, additional_keys, additional_values = library.autocast(  # type: ignore[assignment]
         query, key, value, additional_keys, additional_values
     )
@@ -299,6 +307,7 @@ def neighborhood_attention(
         additional_keys=additional_keys,
         additional_values=additional_values,
     )
+    check_flag("return_lse", return_lse)
     check_choice("backend", backend, ("auto", *dispatch.BACKENDS))
     if not torch.compiler.is_compiling():  # a compiled graph must not freeze the choice: there the operator chooses
         backend = dispatch.choose(NAME, backend, _problem(tensors, options, return_lse), query.device, _REASONS)
@@ -365,6 +374,7 @@ def _natten(rank: int) -> Callable[..., Any]:
         return_lse: bool = False,
     ) -> Any:
         check_tensor("query", query, ndim=rank + 3)
+        check_flag("return_lse", return_lse)
         if backend in _NATTEN_BACKENDS:
             here = ", ".join(dispatch.BACKENDS)
             raise ValueError(f"backend {backend!r} is NATTEN's own; here it is None, auto or one of {here}")

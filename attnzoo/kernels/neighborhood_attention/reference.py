@@ -157,8 +157,9 @@ def backward(
     out: Tensor,
     lse: Tensor,
     problem: Problem,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of query, key, value, bias, additional_keys and additional_values, by the formula.
+    needs: tuple[bool, ...] = (True,) * 6,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, bias, additional_keys and additional_values; None where not needed.
 
     With p = exp(logits - lse): dp = <grad_out, value>, dlogits = p * (dp - <grad_out, out> + grad_lse).
     """
@@ -169,29 +170,41 @@ def backward(
     if grad_lse is not None:
         delta = delta - grad_lse.flatten(1, problem.rank).unflatten(2, (problem.num_heads_kv, -1)).to(dtype)
     flat_key, flat_value = key.flatten(1, problem.rank), value.flatten(1, problem.rank)
-    grad_query = torch.empty_like(rows)
-    grad_key, grad_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (flat_key, flat_value))
-    grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=dtype, device=bias.device)
-    extra = extra_values = grad_extra = grad_extra_values = None
+    given = (query, key, value, bias, additional_keys, additional_values)
+    asked = [needed and tensor is not None for needed, tensor in zip(needs, given, strict=True)]
+    sums = [
+        torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if needed and tensor is not None else None
+        for needed, tensor in zip(asked, (rows, flat_key, flat_value, *given[3:]))
+    ]
+    grad_query, grad_key, grad_value, grad_bias, grad_extra, grad_extra_values = sums
+    through_logits = asked[0] or asked[1] or asked[3] or asked[4]
+    extra = extra_values = None
     if additional_keys is not None and additional_values is not None:
         extra, extra_values = additional_keys.to(dtype), additional_values.to(dtype)
-        grad_extra, grad_extra_values = torch.zeros_like(extra), torch.zeros_like(extra_values)
     for windows in _windows(problem, query.device):
         part = slice(windows.first, windows.last)
         row, grad, index = rows[:, part], grads[:, part], windows.key.flatten()
-        keys, values = _gather(flat_key, windows, dtype), _gather(flat_value, windows, dtype)
+        keys = _gather(flat_key, windows, dtype)
         logits = _logits(row, keys, bias, windows, extra, problem)
         weights = torch.exp(logits - total[:, part].masked_fill(total[:, part] == -math.inf, 0.0)[..., None])
         near, far = weights[..., :slots], weights[..., slots:]
+        inside = None if windows.inside is None else windows.inside[:, :, None, None].to(dtype)
+
+        def scatter(goal: Tensor, made: Tensor, inside: Tensor | None = inside, index: Tensor = index) -> None:
+            goal.index_add_(1, index, (made if inside is None else made * inside).flatten(1, 2))
+
+        if grad_value is not None:
+            scatter(grad_value, torch.einsum("bnhgk,bnhgd->bnkhd", near, grad))
+        if grad_extra_values is not None:
+            grad_extra_values += torch.einsum("bnhgm,bnhgd->bmhd", far, grad)
+        if not through_logits:
+            continue
+        values = _gather(flat_value, windows, dtype)
         d_near = near * (torch.einsum("bnhgd,bnkhd->bnhgk", grad, values) - delta[:, part, ..., None])
-        d_row = torch.einsum("bnhgk,bnkhd->bnhgd", d_near, keys)
-        d_keys = torch.einsum("bnhgk,bnhgd->bnkhd", d_near, row) * problem.scale
-        d_values = torch.einsum("bnhgk,bnhgd->bnkhd", near, grad)
-        if windows.inside is not None:
-            inside = windows.inside[:, :, None, None].to(dtype)
-            d_keys, d_values = d_keys * inside, d_values * inside
-        grad_key.index_add_(1, index, d_keys.flatten(1, 2))
-        grad_value.index_add_(1, index, d_values.flatten(1, 2))
+        if grad_query is not None:
+            grad_query[:, part] = torch.einsum("bnhgk,bnkhd->bnhgd", d_near, keys) * problem.scale
+        if grad_key is not None:
+            scatter(grad_key, torch.einsum("bnhgk,bnhgd->bnkhd", d_near, row) * problem.scale)
         if grad_bias is not None:
             d_bias = d_near.flatten(2, 3)
             if problem.bias == "offset":
@@ -200,21 +213,13 @@ def backward(
             else:
                 flat = grad_bias.view(grad_bias.shape[0], problem.num_tokens, problem.num_heads, slots)
                 flat[:, part] = d_bias if grad_bias.shape[0] == problem.batch else d_bias.sum(0, keepdim=True)
-        if extra is not None and extra_values is not None and grad_extra is not None and grad_extra_values is not None:
+        if extra is not None and extra_values is not None:
             d_far = far * (torch.einsum("bnhgd,bmhd->bnhgm", grad, extra_values) - delta[:, part, ..., None])
-            d_row = d_row + torch.einsum("bnhgm,bmhd->bnhgd", d_far, extra)
-            grad_extra += torch.einsum("bnhgm,bnhgd->bmhd", d_far, row) * problem.scale
-            grad_extra_values += torch.einsum("bnhgm,bnhgd->bmhd", far, grad)
-        grad_query[:, part] = d_row * problem.scale
-
-    def like(gradient: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-        return None if gradient is None or tensor is None else gradient.reshape(tensor.shape).to(tensor.dtype)
-
-    return (
-        grad_query.reshape(query.shape).to(query.dtype),
-        grad_key.reshape(key.shape).to(key.dtype),
-        grad_value.reshape(value.shape).to(value.dtype),
-        like(grad_bias, bias),
-        like(grad_extra, additional_keys),
-        like(grad_extra_values, additional_values),
+            if grad_query is not None:
+                grad_query[:, part] += torch.einsum("bnhgm,bmhd->bnhgd", d_far, extra) * problem.scale
+            if grad_extra is not None:
+                grad_extra += torch.einsum("bnhgm,bnhgd->bmhd", d_far, row) * problem.scale
+    return tuple(
+        None if total is None or tensor is None else total.reshape(tensor.shape).to(tensor.dtype)
+        for total, tensor in zip(sums, given, strict=True)
     )

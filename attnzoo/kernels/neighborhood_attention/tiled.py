@@ -1,33 +1,43 @@
 """The CPU path: tiles of queries against the box of keys around them, by batched matrix products, forward and backward.
 
-Per column of the last axis and group of batch entries or heads, keys and values are copied heads-first once (half types
-become float32 there: half-precision products are tens of times slower on most CPUs), then cut into tiles by whole rows.
-Memory beyond inputs and outputs is a few tiles' logits (_LOGITS elements at a time) and one column's keys, never tokens
-x tokens. The backward pass computes the logits again from lse, whatever back end made them; a gradient that several
-tiles share is summed in a fixed order. See `tiling.py` for the cut.
+Queries, keys and values are copied into tiles and strips of boxes (see `tiling.py` for the cut; half types become
+float32 there: half-precision products are tens of times slower on most CPUs), as many at a time as give CHUNK pairs of
+query and key, so that copies and logits stay in the cache. Logits are made transposed, [keys, queries] per tile: the
+products then read rows as they lie, and reorder the few queries of a tile rather than its many keys. Memory beyond
+inputs and outputs is those copies and logits, never tokens x tokens.
 
-Where windows cut the grid into cells of tokens that attend among themselves (`tiling.cells`), no tile needs another's
-keys: batch entries, some at a time, are copied cell by cell.
+At first weights are exp(logit) times a table (0 where a query doesn't see a key, else exp(bias)), without a maximum.
+Where every denominator turns out to be within e ** +-_SAFE that is as exact as with one, and it takes half the passes
+over the logits. Where one is not (or a key or value is not finite), or with a bias that is large or by query, the
+weights are 2 ** (logit - maximum), with masks and bias added to the logits. The backward pass has the same two ways; it
+computes the logits again from lse, whatever back end made them. A gradient that several tiles share is summed in a
+fixed order.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from attnzoo.kernels.neighborhood_attention import tiling
 from attnzoo.kernels.neighborhood_attention.problem import Problem
-from attnzoo.kernels.neighborhood_attention.tiling import Cells, Column, Plan, cells, plan
+from attnzoo.kernels.neighborhood_attention.tiling import Plan, Region, plan
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
-_SAFE = 60.0
-_LOGITS = 1 << 18
-_COLUMN = 1 << 23
-_BIAS = 1 << 23
+_SAFE = 40.0  # of lse: a weight that is lost at exp(-87) is then below every result's rounding
+_BIASES = (-_SAFE, 20.0)  # so that exp(bias) and what it multiplies lose nothing either
+_BIAS = 1 << 23  # elements of bias tables that a call keeps
+_WORKSPACE = 1 << 22  # elements that a thread keeps from call to call (times `_sharing`), and
+_VIEWS = 1 << 12  # how many views of them
+
+_kept = threading.local()
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -37,386 +47,423 @@ def reasons(problem: Problem) -> list[str]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What one pass works on: batch entries, key/value heads, and chunks of row tiles."""
+    """What is copied together: batch entries, key heads, and groups and inner tiles."""
 
     batch: slice
     heads: slice
-    chunks: tuple[tuple[int, int], ...]
+    region: Region
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """Batch entries and key heads."""
+        return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start
+
+    @cached_property
+    def matrices(self) -> int:
+        """Batch entries times key heads."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def place(self) -> tuple[int, tuple[int, int]]:
+        """All but where it begins among batch entries and heads."""
+        return self.region.number, self.shape
+
+    @cached_property
+    def groups(self) -> int:
+        """Dilation groups."""
+        return math.prod(self.region.shape[: len(self.region.groups)])
+
+    @cached_property
+    def strips(self) -> int:
+        """Strips, of all batch entries and heads."""
+        return self.matrices * math.prod(self.region.shape)
 
 
-class _Buffers:
-    """A problem, and memory for its intermediate results."""
+def _sharing() -> int:
+    """How many times CHUNK pairs are worked on at a time: several threads share them, and each wants enough."""
+    return min(torch.get_num_threads(), 4)
 
-    def __init__(self, problem: Problem) -> None:
+
+class _Memory:
+    """Buffers that a thread keeps from call to call, and views of them: both cost as much as the sums to make anew."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple, Any] = {}
+
+    def buffer(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
+        """At least `size` elements, the same memory at every request of one name."""
+        kept = self.buffers.get((name, dtype))
+        if kept is None or kept.numel() < size:
+            self.views.clear()
+            self.buffers[name, dtype] = kept = torch.empty(size, dtype=dtype)
+        return kept
+
+    def trim(self) -> None:
+        """Give back what is beyond the limits."""
+        if sum(buffer.numel() for buffer in self.buffers.values()) > _WORKSPACE * _sharing():
+            self.buffers.clear()
+            self.views.clear()
+        if len(self.views) > _VIEWS:
+            self.views.clear()
+
+
+class _Call:
+    """A problem with its plan, and memory for its intermediate results."""
+
+    def __init__(self, problem: Problem, tile: tuple[int, ...] | None, separate: bool) -> None:
         self.problem = problem
-        self.group = problem.num_heads // problem.num_heads_kv
+        self.plan: Plan = plan(problem, tile, separate)
+        self.repeats = problem.num_heads // problem.num_heads_kv
         self.dtype = problem.compute_dtype
-        self._scratch: dict[str, Tensor] = {}
+        self.name = (self.plan.number, self.repeats, self.dtype)  # in the names of views
+        self.rows = self.plan.queries * self.repeats  # of a tile's logits, once per query head
+        self.chunk = tiling.CHUNK * _sharing()  # pairs worked on at a time
+        self._tables: dict[tuple, Tensor] = {}
+        if not hasattr(_kept, "memory"):
+            _kept.memory = _Memory()
+        self.memory: _Memory = _kept.memory
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """A buffer of this call, the same memory at every request of one name: fresh pages cost as much as the sums."""
-        size = math.prod(shape)
-        if name not in self._scratch or self._scratch[name].numel() < size:
-            self._scratch[name] = torch.empty(size, dtype=self.dtype)
-        return self._scratch[name][:size].view(shape)
+        """A buffer, the same memory at every request of one name."""
+        key = (name, self.dtype, shape)
+        view = self.memory.views.get(key)
+        if view is None:
+            size = math.prod(shape)
+            view = self.memory.buffer(name, size, self.dtype)[:size].view(shape)
+            self.memory.views[key] = view
+        return view
 
-    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """The batched matrix product in a scratch buffer."""
-        return torch.bmm(left, right, out=self.scratch(name, *left.shape[:2], right.shape[2]))
+    def product(self, name: str, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        """scale times the batched matrix product, in a scratch buffer."""
+        made = self.scratch(name, *left.shape[:2], right.shape[2])
+        return torch.baddbmm(made, left, right, beta=0, alpha=scale, out=made)
 
-
-class _Call(_Buffers):
-    """A problem with its plan, and the tensors seen as [B, rows, columns, heads, ...]."""
-
-    def __init__(self, problem: Problem, tile: tuple[int, ...] | None = None) -> None:
-        super().__init__(problem)
-        self.plan: Plan = plan(problem, tile)
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A view of [B, *grid, heads, dim] as [B, *rows, columns, heads, dim], rows in the plan's order."""
-        if self.problem.rank == 1:
-            tensor = tensor.unsqueeze(2)
-        for axis in range(len(self.plan.rows), 0, -1):
-            shape = self.plan.rows[axis - 1].axis.row_shape(tensor.shape[axis])
-            if len(shape) == 2:
-                tensor = tensor.unflatten(axis, shape[::-1]).transpose(axis, axis + 1)
-        return tensor
-
-    def padded(self, tensor: Tensor) -> Tensor:
-        """A key or value with the zero keys of border "zero" around it: one copy there, itself elsewhere."""
-        if not any(self.plan.padding):
-            return tensor
-        padding = self.plan.padding[2:] if self.problem.rank == 1 else self.plan.padding
-        return F.pad(tensor, (0, 0, 0, 0, *padding))
-
-    def unpadded(self, tensor: Tensor) -> Tensor:
-        """The view of `padded`'s result that its argument was."""
-        for axis, size in enumerate(self.problem.grid):
-            before = self.plan.padding[2 * (len(self.plan.key_grid) - 1 - axis)]
-            tensor = tensor.narrow(1 + axis, before, size)
-        return tensor
+    # -- the passes over the grid
 
     def units(self) -> Iterator[_Unit]:
-        """The passes over the grid, within the limits on memory; each goes through all the columns."""
-        problem, cut = self.problem, self.plan
-        num_tiles, widest = len(cut.query), max(problem.head_dim, problem.head_dim_v)
-        pairs = max(column.num_queries * column.num_keys for column in cut.columns)
-        per_tile = self.group * cut.query.shape[1] * cut.key.shape[1] * pairs
-        per_head = math.prod(cut.key_grid[:-1]) * max(column.num_keys for column in cut.columns) * widest
-        heads = max(1, min(problem.num_heads_kv, _LOGITS // per_tile, _COLUMN // per_head))
-        tiles = max(1, min(num_tiles, _LOGITS // (per_tile * heads)))
-        chunks = tuple((first, min(first + tiles, num_tiles)) for first in range(0, num_tiles, tiles))
-        entries = 1
-        if heads == problem.num_heads_kv and tiles == num_tiles:
-            entries = max(1, min(_LOGITS // (per_tile * heads * tiles), _COLUMN // (per_head * heads)))
+        """The passes, of about `chunk` pairs where strips are not longer than that."""
+        cut, problem = self.plan, self.problem
+        most = self.chunk // (cut.loop.count * cut.keys * self.rows)
+        strips = math.prod(cut.groups) * math.prod(tiles.count for tiles in cut.inner)
+        heads = max(1, min(problem.num_heads_kv, most))
+        heads = -(-problem.num_heads_kv // -(-problem.num_heads_kv // heads))  # units of one size
+        entries = max(1, most // (strips * heads))
         for entry in range(0, problem.batch, entries):
             for head in range(0, problem.num_heads_kv, heads):
-                yield _Unit(
-                    slice(entry, min(entry + entries, problem.batch)),
-                    slice(head, min(head + heads, problem.num_heads_kv)),
-                    chunks,
-                )
+                for region in cut.regions(max(1, most // heads)):
+                    batch = slice(entry, min(entry + entries, problem.batch))
+                    yield _Unit(batch, slice(head, min(head + heads, problem.num_heads_kv)), region)
 
-    def all_heads(self, unit: _Unit) -> slice:
-        """The query heads of a unit."""
-        return slice(unit.heads.start * self.group, unit.heads.stop * self.group)
+    def chunks(self, unit: _Unit) -> list[slice]:
+        """A unit's tiles in ranges whose logits may be held at once: all of them, or some of one strip."""
+        tiles, pairs = unit.strips * self.plan.loop.count, self.plan.keys * self.rows
+        if unit.strips > 1 or tiles * pairs <= 2 * self.chunk:
+            return [slice(0, tiles)]
+        step = max(1, self.chunk // pairs)
+        return [slice(at, min(at + step, tiles)) for at in range(0, tiles, step)]
 
-    def heads_first(
-        self, name: str, tensor: Tensor, unit: _Unit, columns: slice, heads: slice, scale: float = 1.0
-    ) -> Tensor:
-        """A column of [B, *rows, columns, heads, dim] as a contiguous [b, heads, rows, columns, dim], times scale."""
-        part = tensor[unit.batch, ..., columns, heads, :].movedim(-2, 1)
-        copy = self.scratch(name, *part.shape)
-        copy.copy_(part)
-        if scale != 1.0:
-            copy.mul_(scale)
-        return copy.flatten(2, -3)
+    # -- copies
 
-    def query_tiles(self, name: str, rows: Tensor, first: int, last: int) -> Tensor:
-        """[b, heads, rows, columns, dim] as [b, heads_kv, tiles, group, queries, dim], contiguous."""
-        cut, (batch, heads, _, columns, dim) = self.plan, rows.shape
-        per_tile = cut.query.shape[1]
-        if cut.in_order:
-            taken = rows.narrow(2, first * per_tile, (last - first) * per_tile)
+    def _copied(self, name: str, tensor: Tensor, unit: _Unit, queries: bool) -> tuple[list, Tensor, tuple[Tensor, ...]]:
+        """(moves, the copy, what of it is to be filled first) for `copy`."""
+        cut, dim, strips = self.plan, tensor.shape[-1], unit.strips
+        lead = (*unit.shape, self.repeats if queries else 1)
+        what = "queries" if queries else "keys"
+        moves, complete = cut.moves(what, unit.region, lead, tensor.stride(), dim)
+        fill: tuple[Tensor, ...]
+        if queries:
+            inside = result = self.scratch(name, strips * cut.loop.count, self.rows, dim)
+            fill = () if complete else (inside,)
         else:
-            taken = self.scratch(name, batch, heads, (last - first) * per_tile, columns, dim)
-            torch.index_select(rows, 2, cut.query[first:last].flatten(), out=taken)
-        tiles = taken.reshape(batch, -1, self.group, last - first, per_tile * columns, dim)
-        return tiles.transpose(2, 3).contiguous()
+            before, size, after = (rows * cut.row * dim for rows in (cut.margin[0], strips * cut.strip, cut.margin[1]))
+            whole = self.scratch(name, before + size + after)
+            inside = whole[before : before + size]
+            # what is read beyond both ends counts for nothing, but must be finite
+            fill = (whole[:before], whole[before + size :]) if complete else (whole,)
+            step = cut.loop.tile * cut.row * dim
+            start = whole.storage_offset() + before + cut.loop.first[0] * cut.row * dim
+            result = whole.as_strided((strips * cut.loop.count, cut.keys, dim), (step, dim, 1), start)
+        made = [(move.of_copy(inside), move.sizes, move.strides, move.offset) for move in moves]
+        return made, result, tuple(part for part in fill if part.numel())
 
-    def key_tiles(self, name: str, rows: Tensor, first: int, last: int) -> Tensor:
-        """[b, heads_kv, rows, columns, dim] as [b * heads_kv * tiles, keys, dim], contiguous."""
-        taken = rows
-        if not self.plan.keys_in_order or last - first < len(self.plan.key):
-            index = self.plan.key[first:last].flatten()
-            taken = self.scratch(name, *rows.shape[:2], len(index), *rows.shape[3:])
-            torch.index_select(rows, 2, index, out=taken)
-        return taken.view(-1, self.plan.key.shape[1] * rows.shape[3], rows.shape[4])
+    def copy(self, name: str, tensor: Tensor, unit: _Unit, queries: bool, filler: float = 0.0) -> Tensor:
+        """A unit's part of [B, *grid, heads, dim] as tiles of queries or as boxes of keys.
 
-    def put(
-        self,
-        name: str,
-        tiles: Tensor,
-        whole: Tensor,
-        unit: _Unit,
-        column: Column,
-        chunk: tuple[int, int],
-        add: bool = False,
-    ) -> None:
-        """Write (or add) tiles [b, heads_kv, tiles, group, queries, dim] into `whole` [B, *rows, columns, heads, dim].
-
-        Where the chunk's rows are not a slice of `whole`, the unit's chunks wait in a buffer for the last one.
+        [tiles, queries, dim], the filler where there is no query, or overlapping [tiles, keys, dim].
         """
-        cut = self.plan
-        per_tile = cut.query.shape[1]
-        made = tiles.unflatten(4, (per_tile, column.num_queries)).permute(0, 2, 4, 5, 1, 3, 6).flatten(1, 2)
-        goal = whole[unit.batch, ..., column.queries, self.all_heads(unit), :].unflatten(-2, (-1, self.group))
-        row_shape = goal.shape[1:-4]
-        begin, end = chunk[0] * per_tile, chunk[1] * per_tile
-        if cut.in_order and len(row_shape) == 1:
-            goal = goal[:, begin:end]
-        elif not cut.in_order or made.shape[1] < cut.query.numel():
-            waiting = self.scratch(name, goal.shape[0], cut.query.numel(), *goal.shape[-4:])
-            waiting[:, begin:end].copy_(made)
-            if chunk[1] < len(cut.query):
-                return
-            made = waiting if cut.in_order else waiting.index_select(1, cut.inverse)
-        made = made.unflatten(1, goal.shape[1:-4])
-        if add:
-            goal.add_(made)
-        else:
-            goal.copy_(made)
+        strides = tensor.stride()
+        key = (name, self.name, unit.place, strides, tensor.shape[-1])
+        found = self.memory.views.get(key)
+        if found is None:
+            found = self._copied(name, tensor, unit, queries)
+            self.memory.views[key] = found
+        moves, result, fill = found
+        for part in fill:
+            part.fill_(filler)
+        start = unit.batch.start * strides[0] + unit.heads.start * strides[-2] * (self.repeats if queries else 1)
+        start += tensor.storage_offset()
+        for goal, sizes, steps, offset in moves:
+            goal.copy_(tensor.as_strided(sizes, steps, start + offset))
+        return result
 
-    def put_keys(self, goal: Tensor, left: Tensor, right: Tensor, chunk: tuple[int, int]) -> None:
-        """Add left @ right, a chunk's [b * heads_kv * tiles, keys, dim], to goal [b, heads_kv, rows, columns, dim].
+    def put(self, made: Tensor, whole: Tensor, unit: _Unit, factor: Tensor | float = 1.0, add: bool = False) -> None:
+        """Write (or add) query tiles, times a factor (of each row), into [B, *grid, heads, dim]."""
+        strides, dim = whole.stride(), whole.shape[-1]
+        key = ("put", self.name, unit.place, strides, dim)
+        moves = self.memory.views.get(key)
+        if moves is None:
+            moves, _ = self.plan.moves("queries", unit.region, (*unit.shape, self.repeats), strides, dim)
+            self.memory.views[key] = moves
+        start = unit.batch.start * strides[0] + unit.heads.start * strides[-2] * self.repeats
+        for move in moves:
+            part, goal = move.of_copy(made), whole.as_strided(move.sizes, move.strides, start + move.offset)
+            if isinstance(factor, Tensor):
+                torch.mul(part, move.of_factor(factor), out=goal)
+            elif add:
+                goal.add_(part, alpha=factor)
+            elif factor != 1.0:
+                torch.mul(part, factor, out=goal)
+            else:
+                goal.copy_(part)
 
-        Where the chunk is all rows in order, goal is overwritten.
+    def put_keys(self, made: Tensor, whole: Tensor, unit: _Unit, factor: float = 1.0) -> None:
+        """Add strips [keys, dim] of a unit, times a factor, to [B, *grid, heads_kv, dim].
+
+        Written where each key is in one box.
         """
-        if self.plan.keys_in_order and chunk[1] - chunk[0] == len(self.plan.key):
-            torch.bmm(left, right, out=goal.view(len(left), -1, goal.shape[-1]))
+        strides, dim = whole.stride(), whole.shape[-1]
+        key = ("put keys", self.name, unit.place, strides, dim)
+        moves = self.memory.views.get(key)
+        if moves is None:
+            moves, _ = self.plan.moves("sums", unit.region, (*unit.shape, 1), strides, dim)
+            self.memory.views[key] = moves
+        start = unit.batch.start * strides[0] + unit.heads.start * strides[-2]
+        for move in moves:
+            part, goal = move.of_copy(made), whole.as_strided(move.sizes, move.strides, start + move.offset)
+            if self.plan.key_once:
+                torch.mul(part, factor, out=goal)
+            else:
+                goal.add_(part, alpha=factor)
+
+    def sum_boxes(self, name: str, left: Tensor, right: Tensor, unit: _Unit, tiles: slice) -> Tensor:
+        """The sums of left @ right, boxes [tiles, keys, dim], over the boxes that hold a key, in strips [keys, dim].
+
+        For a range of a unit's tiles; every range adds to the same strips. What boxes hold beyond the ends is zero, and
+        so is left out. As many rows of the boxes at a time as there are between two tiles: those of all tiles are then
+        as they lie in the strips.
+        """
+        cut, dim = self.plan, right.shape[-1]
+        before, after = cut.margin
+        step = cut.loop.tile * cut.row
+        whole = self.scratch(name, (before + unit.strips * cut.strip + after) * cut.row, dim)
+        start = (before + cut.loop.first[0]) * cut.row + tiles.start * step
+        end = start + len(left) * step
+        for key in range(0, cut.keys, step):
+            part = left[:, key : key + step]
+            at = whole.storage_offset() + (start + key) * dim
+            goal = whole.as_strided((len(left), part.shape[1], dim), (step * dim, dim, 1), at)
+            if key or tiles.start:
+                goal.add_(self.product("d_box", part, right))
+                continue
+            whole[:start].zero_()
+            whole[start if part.shape[1] < step else end :].zero_()
+            if part.shape[1] < step:
+                goal.copy_(self.product("d_box", part, right))
+            else:
+                torch.bmm(part, right, out=goal)
+        return whole[before * cut.row : (before + unit.strips * cut.strip) * cut.row]
+
+    # -- masks and biases
+
+    def whole(self, tensor: Tensor, unit: _Unit) -> Tensor:
+        """[tiles, a, b] of a chunk as [b, heads, groups, tiles of a group, a, b]."""
+        return tensor.view(*unit.shape, unit.groups, -1, *tensor.shape[1:])
+
+    def of_chunk(self, table: Tensor, unit: _Unit, tiles: slice) -> Tensor:
+        """The part of a table [..., groups or 1, tiles, a, b] for a range of a unit's tiles."""
+        return table if unit.strips > 1 else table[..., tiles, :, :]
+
+    def apply(self, logits: Tensor, unit: _Unit, tiles: slice, bias: Tensor | None, added: bool) -> None:
+        """Multiply a chunk's weights with 0 where a query doesn't see a key, else exp(bias).
+
+        Or, `added`: add -inf, or the bias over log 2, to its logits.
+        """
+        table = self.plan.mask(unit.region, self.repeats, added) if bias is None else None
+        if bias is not None:
+            table = self._bias_table(bias, unit, added)
+        if table is None:
             return
-        made = self.product("key tiles' gradient", left, right)
-        goal.index_add_(
-            2, self.plan.key[chunk[0] : chunk[1]].flatten(), made.view(*goal.shape[:2], -1, *goal.shape[3:])
-        )
+        part = self.of_chunk(table, unit, tiles).flatten(-3)
+        whole = logits.view(*unit.shape, unit.groups, -1)
+        if added:
+            whole.add_(part)
+        else:
+            whole.mul_(part)
+
+    def _bias_table(self, bias: Tensor, unit: _Unit, added: bool) -> Tensor:
+        """The offset bias, its exponential or over log 2, -inf or 0 where a key is not seen."""
+        cut = self.plan
+        name = (cut.kinds(unit.region), unit.heads.start, added)
+        if name in self._tables:
+            return self._tables[name]
+        heads = slice(unit.heads.start * self.repeats, unit.heads.stop * self.repeats)
+        taken = bias.flatten(1)[heads].to(self.dtype)
+        taken = (taken * _LOG2E if added else taken.exp())[:, None, cut.offset(unit.region)]
+        taken = torch.where(cut.allowed(unit.region), taken, -math.inf if added else 0.0)
+        made = taken.unflatten(0, (-1, self.repeats)).movedim(1, -2).flatten(-2)
+        if sum(table.numel() for table in self._tables.values()) + made.numel() <= _BIAS:
+            self._tables[name] = made
+        return made
+
+    def _index(self, table: Tensor, unit: _Unit, tiles: slice, lead: tuple[int, ...]) -> Tensor:
+        """A table [groups or 1, tiles, a, queries] for every query head, expanded to lead and the unit's groups."""
+        part = self.of_chunk(table, unit, tiles).repeat(1, 1, 1, self.repeats)
+        return part.expand(*lead, unit.groups, *part.shape[1:])
+
+    def add_tables(self, logits: Tensor, unit: _Unit, tiles: slice, bias: Tensor | None, rows: Tensor | None) -> None:
+        """The bias and -inf where a query doesn't see a key, added to a chunk's logits over log 2.
+
+        rows: the query tiles of a bias by query, over log 2; of one batch entry where all share a bias.
+        """
+        if rows is None:
+            self.apply(logits, unit, tiles, bias, added=True)
+            return
+        lead = (unit.shape[0] if bias is not None and bias.shape[0] > 1 else 1, unit.shape[1])
+        at = rows if unit.strips > 1 else rows[tiles]
+        at = at.transpose(1, 2).unflatten(0, (*lead, unit.groups, -1))
+        taken = at.gather(-2, self._index(self.plan.slot(unit.region), unit, tiles, lead))
+        mask = self.plan.mask(unit.region, self.repeats, added=True)
+        if mask is not None:
+            taken.masked_fill_(self.of_chunk(mask, unit, tiles) < 0, -math.inf)
+        self.whole(logits, unit).add_(taken)
+
+    def take_slots(self, grad: Tensor, goal: Tensor, unit: _Unit, tiles: slice) -> None:
+        """The gradient of a chunk's logits [tiles, keys, queries] by window slot, into goal [tiles, queries, slots]."""
+        at, present = self.plan.place(unit.region)
+        taken = self.whole(grad, unit).gather(-2, self._index(at, unit, tiles, unit.shape))
+        taken *= self._index(present, unit, tiles, unit.shape)
+        goal.copy_(taken.flatten(0, 3).transpose(1, 2))
+
+    def put_bias(self, made: Tensor, whole: Tensor, unit: _Unit) -> None:
+        """Add query tiles of slots to the gradient of a bias by query, [B or 1, *grid, heads, slots]."""
+        if whole.shape[0] == 1:
+            made = made.view(unit.shape[0], -1, *made.shape[1:]).sum(0)
+            unit = replace(unit, batch=slice(0, 1))
+        self.put(made, whole, unit, add=True)
 
 
-def _bias_tiles(call: _Call, bias: Tensor, unit: _Unit, column: Column, first: int, last: int) -> Tensor:
-    """The bias of a chunk over log 2, [b or 1, heads_kv, tiles, group, queries, keys]."""
-    cut, heads = call.plan, call.all_heads(unit)
-    if call.problem.bias == "offset":
-        table = bias.flatten(1)[heads].to(call.dtype) * _LOG2E
-        taken = table[:, cut.offset(first, last, column)]
-        return taken.unflatten(0, (-1, call.group)).transpose(1, 2)[None]
-    of_batch = _Unit(unit.batch if bias.shape[0] > 1 else slice(0, 1), unit.heads, unit.chunks)
-    rows = call.heads_first("bias", call.rows(bias), of_batch, column.queries, heads, _LOG2E)
-    tiles = call.query_tiles("bias tiles", rows, first, last)
-    slot = cut.slot(first, last, column)[None, None, :, None]
-    return tiles.gather(-1, slot.expand(*tiles.shape[:2], -1, call.group, -1, -1))
+class _Inputs:
+    """A call's tensors, and their copies for one unit."""
 
+    def __init__(self, call: _Call, tensors: tuple[Tensor | None, ...]) -> None:
+        self.call = call
+        query, key, value, self.bias, self.additional_keys, self.additional_values = tensors
+        assert query is not None and key is not None and value is not None
+        self.query, self.key, self.value = query, key, value
 
-def _logits(
-    call: _Call, query: Tensor, keys: Tensor, added: Tensor | None, column: Column, first: int, last: int
-) -> Tensor:
-    """[b, heads_kv, tiles, group, queries, keys] over log 2; -inf where a query doesn't see a key.
+    def copy(self, unit: _Unit, values: bool = True) -> None:
+        """Copy a unit's part into tiles and boxes."""
+        call = self.call
+        self.queries = call.copy("query", self.query, unit, True)
+        self.keys = call.copy("key", self.key, unit, False)
+        self.values = call.copy("value", self.value, unit, False) if values else self.keys
+        self.far_key, self.far_value = self._far(unit, self.additional_keys), self._far(unit, self.additional_values)
+        self.bias_rows = None
+        if self.bias is not None and call.problem.bias == "query":
+            shared = replace(unit, batch=slice(0, 1)) if self.bias.shape[0] == 1 else unit
+            self.bias_rows = call.copy("bias", self.bias, shared, True).mul_(_LOG2E)
 
-    query and added hold the scale and 1 / log 2.
-    """
-    logits = call.product("logits", query.flatten(3, 4).flatten(0, 2), keys.transpose(1, 2))
-    logits = logits.view(*query.shape[:-1], -1)
-    if added is not None:
-        logits += added
-    mask = call.plan.mask(first, last, column)
-    return logits if mask is None else logits.add_(mask[:, None])
-
-
-class _BiasCache:
-    """The bias of each chunk and kind of column, kept where it does not change from batch entry to batch entry."""
-
-    def __init__(self, call: _Call, bias: Tensor | None) -> None:
-        self.call, self.bias = call, bias
-        self.kept: dict[tuple[int, int, int], Tensor] = {}
-        self.size = 0
-
-    def get(self, unit: _Unit, column: Column, first: int, last: int) -> Tensor | None:
-        """The chunk's bias, or None where there is none."""
-        if self.bias is None:
+    def _far(self, unit: _Unit, tensor: Tensor | None) -> Tensor | None:
+        """Additional keys or values [B, n, heads_kv, dim] as [b * heads_kv, n, dim]."""
+        if tensor is None or tensor.shape[1] == 0:
             return None
-        if self.call.problem.bias == "query":
-            return _bias_tiles(self.call, self.bias, unit, column, first, last)
-        name = (first, unit.heads.start, column.kind)
-        if name not in self.kept:
-            made = _bias_tiles(self.call, self.bias, unit, column, first, last)
-            if self.size + made.numel() > _BIAS:
-                return made
-            self.size += made.numel()
-            self.kept[name] = made
-        return self.kept[name]
+        return tensor[unit.batch, :, unit.heads].transpose(1, 2).to(self.call.dtype).flatten(0, 1)
+
+    def _logits(self, unit: _Unit, tiles: slice, scale: float) -> tuple[Tensor, Tensor | None]:
+        """scale times the products of a chunk's queries with its keys, and with its additional keys."""
+        queries = self.queries[tiles]
+        near = self.call.product("logits", self.keys[tiles], queries.transpose(1, 2), scale)
+        if self.far_key is None:
+            return near, None
+        flat = queries.reshape(unit.matrices, -1, queries.shape[-1]).transpose(1, 2)
+        return near, self.call.product("far", self.far_key, flat, scale)
+
+    def bounded_weights(self, unit: _Unit, tiles: slice, clamp: bool = False) -> tuple[Tensor, Tensor | None]:
+        """exp(logits) of a chunk, [tiles, keys, queries], and of its additional keys, [matrices, n, queries].
+
+        clamp: nothing has shown the logits of keys that are not seen to be small; they must not become infinite.
+        """
+        weights, far = self._logits(unit, tiles, self.call.problem.scale)
+        if clamp and not self.call.plan.closed:
+            weights.clamp_(max=2 * _SAFE)  # the others are below lse - bias
+        weights.exp_()
+        self.call.apply(weights, unit, tiles, self.bias, added=False)
+        return weights, None if far is None else far.exp_()
+
+    def shifted_weights(
+        self, unit: _Unit, tiles: slice, shift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """2 ** (logits / log 2 - shift) of a chunk and of its additional keys, shaped as above, and the shift.
+
+        shift: [tiles, queries], the rows' largest logits where None. A row without keys has the shift 0.
+        """
+        weights, far = self._logits(unit, tiles, self.call.problem.scale * _LOG2E)
+        self.call.add_tables(weights, unit, tiles, self.bias, self.bias_rows)
+        if shift is None:
+            shift = weights.amax(-2)
+            if far is not None:
+                shift = torch.maximum(shift, far.amax(-2).view_as(shift))
+        shift = shift.masked_fill(shift == -math.inf, 0.0)
+        weights.sub_(shift[:, None]).exp2_()
+        if far is not None:
+            far.sub_(shift.reshape(unit.matrices, 1, -1)).exp2_()
+        return weights, far, shift
 
 
-def _additional(call: _Call, unit: _Unit, tensor: Tensor | None) -> Tensor | None:
-    """Additional keys or values [B, n, heads_kv, dim] as [b * heads_kv, n, dim] for one unit."""
-    if tensor is None or tensor.shape[1] == 0:
-        return None
-    return tensor[unit.batch, :, unit.heads].transpose(1, 2).to(call.dtype).flatten(0, 1)
-
-
-def _by_head(tiles: Tensor) -> Tensor:
-    """[b, heads_kv, tiles, group, queries, x] as [b * heads_kv, all queries, x]."""
-    return tiles.flatten(2, 4).flatten(0, 1)
-
-
-def _bounded(call: _Buffers, query: Tensor, key: Tensor, bias: Tensor | None, additional_keys: Tensor | None) -> bool:
-    """Whether lengths alone show every logit to be within 2 ** +-_SAFE, so that the softmax needs no maximum."""
-    if query.numel() == 0 or call.problem.bias == "query":
+def _bounded(problem: Problem, tensors: tuple[Tensor | None, ...], tile: tuple[int, ...] | None) -> bool:
+    """Whether nothing speaks against weights without a maximum, but the denominators' size."""
+    _, key, value, bias, _, _ = tensors
+    assert key is not None and value is not None
+    if problem.bias == "query" or problem.batch == 0:
         return False
-
-    def longest(tensor: Tensor) -> float:
-        return float(torch.linalg.vector_norm(tensor, dim=-1, dtype=call.dtype).amax())
-
-    keys = longest(key)
-    if additional_keys is not None and additional_keys.numel():
-        keys = max(keys, longest(additional_keys))
-    bound = abs(call.problem.scale) * longest(query) * keys
-    if bias is not None:
-        bound += float(bias.masked_fill(bias == -math.inf, 0.0).abs().amax())
-    return bound * _LOG2E <= _SAFE
+    finite = (math.isfinite(float(t.sum(dtype=problem.compute_dtype))) for t in (key, value))
+    if not plan(problem, tile).closed and not all(finite):  # what lies in a box and is not seen is multiplied with 0
+        return False
+    if bias is None:
+        return True
+    least, most = bias.masked_fill(bias == -math.inf, 0.0).aminmax()
+    return float(least) >= _BIASES[0] and float(most) <= _BIASES[1]
 
 
-def _highest(weights: Tensor, far: Tensor | None) -> Tensor:
-    """Each row's largest logit, 0 for a row without keys."""
-    highest = weights.amax(-1, keepdim=True)
-    if far is not None:
-        highest = torch.maximum(highest, far.amax(-1, keepdim=True))
-    return highest.masked_fill_(highest == -math.inf, 0.0)
+def _safe(lse: Tensor) -> bool:
+    """Whether weights without a maximum are exact, by the logarithms of the denominators."""
+    least, most = lse.aminmax()
+    return float(least) >= -_SAFE and float(most) <= _SAFE
 
 
-def _powers(logits: Tensor, shift: Tensor | None) -> Tensor:
-    """2 ** (logits - shift), in place."""
-    return (logits if shift is None else logits.sub_(shift)).exp2_()
-
-
-def _cells(problem: Problem) -> Cells | None:
-    """The cells, where `problem`'s windows are some and a cell's logits may be held at once."""
-    if problem.bias == "query" or problem.num_additional:
-        return None
-    cut = cells(problem)
-    group = problem.num_heads // problem.num_heads_kv
-    return None if cut is None or group * cut.size**2 > _LOGITS else cut
-
-
-class _CellCall(_Buffers):
-    """A problem whose windows are cells. A cell of one key/value head is one matrix product, its query heads stacked:
-    query [cells * heads_kv, group * tokens, head_dim], key [cells * heads_kv, tokens, head_dim].
-    """
-
-    def __init__(self, problem: Problem, cut: Cells) -> None:
-        super().__init__(problem)
-        self.cut = cut
-
-    def units(self) -> Iterator[tuple[slice, slice, slice]]:
-        """Batch entries, query heads and key/value heads of each pass, within the limits on memory."""
-        problem = self.problem
-        per_head = problem.num_tokens * max(problem.head_dim, problem.head_dim_v) * self.group
-        pairs = self.group * self.cut.size**2
-        heads = max(1, min(problem.num_heads_kv, _LOGITS // pairs, _COLUMN // per_head))
-        entries = max(1, min(_LOGITS // (self.cut.count * pairs * heads), _COLUMN // (per_head * heads)))
-        for entry in range(0, problem.batch, entries):
-            for head in range(0, problem.num_heads_kv, heads):
-                last = min(head + heads, problem.num_heads_kv)
-                yield slice(entry, entry + entries), slice(head * self.group, last * self.group), slice(head, last)
-
-    def parts(self, size: int, heads_kv: slice) -> Iterator[slice]:
-        """A unit's `size` matrices by whole cells, as many as their logits may be held at once."""
-        heads = heads_kv.stop - heads_kv.start
-        held = max(1, _LOGITS // (self.group * self.cut.size**2 * heads)) * heads
-        return (slice(first, first + held) for first in range(0, size, held))
-
-    def copy(self, name: str, tensor: Tensor, batch: slice, heads: slice, stacked: int = 1) -> Tensor:
-        """Part of [B, *grid, heads, dim] as a contiguous [cells * heads / stacked, stacked * tokens, dim]."""
-        part = self.cut.view(tensor[batch, ..., heads, :])
-        # whole tokens first, then heads: a cell's far reads are then as few as its tokens
-        head_axis = -2 - self.problem.rank
-        whole = part.movedim(head_axis, -2)
-        tokens = self.scratch("tokens", *whole.shape).copy_(whole)
-        copy = self.scratch(name, *part.shape).copy_(tokens.movedim(-2, head_axis))
-        return copy.view(-1, stacked * self.cut.size, part.shape[-1])
-
-    def put(self, made: Tensor, whole: Tensor, batch: slice, heads: slice) -> None:
-        """Write what has `copy`'s shape into [B, *grid, heads, dim]."""
-        goal = self.cut.view(whole[batch, ..., heads, :])
-        goal.copy_(made.view(goal.shape))
-
-    def logits(self, query: Tensor, key: Tensor, table: Tensor | None, heads: slice) -> Tensor:
-        """[matrices, queries, keys] over log 2."""
-        logits = self.scratch("logits", len(query), query.shape[1], self.cut.size)
-        torch.baddbmm(logits, query, key.transpose(1, 2), beta=0, alpha=self.problem.scale * _LOG2E, out=logits)
-        if table is not None:
-            self.by_head(logits, heads).add_(table[heads])
-        return logits
-
-    def by_head(self, logits: Tensor, heads: slice) -> Tensor:
-        """Logits as [cells, heads, tokens, tokens]."""
-        return logits.view(-1, heads.stop - heads.start, self.cut.size, self.cut.size)
-
-    def table(self, bias: Tensor | None) -> Tensor | None:
-        """The bias over log 2, [heads, tokens, tokens], the same in every cell."""
-        return None if bias is None else bias.flatten(1).to(self.dtype)[:, self.cut.offset] * _LOG2E
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
-        """Fill out and lse."""
-        table, bounded = self.table(bias), _bounded(self, query, key, bias, None)
-        for batch, heads, heads_kv in self.units():
-            queries = self.copy("query", query, batch, heads, self.group)
-            keys, values = self.copy("key", key, batch, heads_kv), self.copy("value", value, batch, heads_kv)
-            made = self.scratch("out", *queries.shape[:2], values.shape[2])
-            statistics = self.scratch("lse", *queries.shape[:2], 1)
-            for part in self.parts(len(queries), heads_kv):
-                weights = self.logits(queries[part], keys[part], table, heads)
-                highest = None if bounded else _highest(weights, None)
-                weights = _powers(weights, highest)
-                total = weights.sum(-1, keepdim=True)
-                goal = torch.bmm(weights, values[part], out=made[part])
-                log_total = total.log2() if highest is None else total.log2().add_(highest)
-                torch.mul(log_total, _LN2, out=statistics[part])
-                # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
-                goal.div_(total if bias is None else total.masked_fill_(total == 0.0, 1.0))
-            self.put(made, out, batch, heads)
-            self.put(statistics, lse[..., None], batch, heads)
-
-    def backward(
-        self, grad_out: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
-        """What the function `backward` returns; statistics [B, *grid, heads, 2] are lse / log 2 and delta."""
-        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-        table, scale = self.table(bias), self.problem.scale
-        grad_table = None if table is None else torch.zeros_like(table)
-        for batch, heads, heads_kv in self.units():
-            queries = self.copy("query", query, batch, heads, self.group)
-            given = self.copy("grad", grad_out, batch, heads, self.group)
-            keys, values = self.copy("key", key, batch, heads_kv), self.copy("value", value, batch, heads_kv)
-            log_total, shift = self.copy("statistics", statistics, batch, heads, self.group).split(1, -1)
-            d_query, d_key, d_value = (
-                self.scratch(f"d_{name}", *t.shape) for name, t in zip("qkv", (queries, keys, values))
-            )
-            for part in self.parts(len(queries), heads_kv):
-                weights = self.logits(queries[part], keys[part], table, heads).sub_(log_total[part]).exp2_()
-                torch.bmm(weights.transpose(1, 2), given[part], out=d_value[part])
-                d_logits = self.product("d_logits", given[part], values[part].transpose(1, 2))
-                d_logits.sub_(shift[part]).mul_(weights)
-                if grad_table is not None:
-                    grad_table[heads] += self.by_head(d_logits, heads).sum(0)
-                for goal, left, right in ((d_query, d_logits, keys), (d_key, d_logits.transpose(1, 2), queries)):
-                    torch.baddbmm(goal[part], left, right[part], beta=0, alpha=scale, out=goal[part])
-            self.put(d_query, grads[0], batch, heads)
-            self.put(d_key, grads[1], batch, heads_kv)
-            self.put(d_value, grads[2], batch, heads_kv)
-        grad_bias = None
-        if bias is not None and grad_table is not None:
-            total = torch.zeros(bias.shape, dtype=self.dtype)
-            total.flatten(1).index_add_(1, self.cut.offset.flatten(), grad_table.flatten(1))
-            grad_bias = total.to(bias.dtype)
-        return grads[0], grads[1], grads[2], grad_bias, None, None
+def _unit_forward(inputs: _Inputs, unit: _Unit, bounded: bool, out: Tensor, lse: Tensor) -> None:
+    """out of a unit, and its lse, of which the logarithm is left to the caller if `bounded`."""
+    call, shape = inputs.call, inputs.queries.shape[:-1]
+    made, total = call.scratch("out", *shape, inputs.value.shape[-1]), call.scratch("total", *shape)
+    highest = None if bounded else call.scratch("highest", *shape)
+    for tiles in call.chunks(unit):
+        if highest is None:
+            weights, far = inputs.bounded_weights(unit, tiles)
+        else:
+            weights, far, highest[tiles] = inputs.shifted_weights(unit, tiles)
+        goal, sums = made[tiles], total[tiles]
+        torch.sum(weights, -2, out=sums)
+        torch.bmm(weights.transpose(1, 2), inputs.values[tiles], out=goal)
+        if far is not None and inputs.far_value is not None:
+            sums += far.sum(-2).view_as(sums)
+            goal += torch.bmm(far.transpose(1, 2), inputs.far_value).view_as(goal)
+    # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
+    divisor = total if bounded else total.masked_fill(total == 0.0, 1.0)
+    call.put(made, out, unit, divisor.reciprocal())
+    if highest is not None:
+        total.log2_().add_(highest).mul_(_LN2)
+    call.put(total[..., None], lse[..., None], unit)
 
 
 def forward(
@@ -432,84 +479,135 @@ def forward(
     """out [B, *grid, heads, head_dim_v] in the query's dtype and lse [B, *grid, heads] in the computation's."""
     out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
     lse = query.new_empty(query.shape[:-1], dtype=problem.compute_dtype)
-    cut = _cells(problem) if tile is None else None
-    if cut is not None:
-        _CellCall(problem, cut).forward(query, key, value, bias, out, lse)
-        return out, lse
-    call = _Call(problem, tile)
-    rows, keys, values = call.rows(query), call.rows(call.padded(key)), call.rows(call.padded(value))
-    out_rows, lse_rows = call.rows(out), call.rows(lse[..., None])
-    added, bounded = _BiasCache(call, bias), _bounded(call, query, key, bias, additional_keys)
-    for unit in call.units():
-        heads = call.all_heads(unit)
-        for column in call.plan.columns:
-            column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
-            column_key = call.heads_first("key", keys, unit, column.keys, unit.heads)
-            column_value = call.heads_first("value", values, unit, column.keys, unit.heads)
-            far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-            for first, last in unit.chunks:
-                tiles = call.query_tiles("query tiles", column_query, first, last)
-                tile_keys = call.key_tiles("key tiles", column_key, first, last)
-                weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
-                far = None
-                if far_key is not None:
-                    far = call.product("far", _by_head(tiles), far_key.transpose(1, 2)).view(*tiles.shape[:-1], -1)
-                highest = None if bounded else _highest(weights, far)
-                weights = _powers(weights, highest)
-                total = weights.sum(-1, keepdim=True)
-                tile_values = call.key_tiles("value tiles", column_value, first, last)
-                made = call.product("out tiles", weights.flatten(3, 4).flatten(0, 2), tile_values)
-                made = made.view(*tiles.shape[:-1], -1)
-                if far is not None and far_value is not None:
-                    far = _powers(far, highest)
-                    total += far.sum(-1, keepdim=True)
-                    made += torch.bmm(_by_head(far), far_value).view_as(made)
-                # a row without keys has total 0: its lse is log 0 = -inf, its output stays 0
-                log_total = total.log2() if highest is None else total.log2().add_(highest)
-                call.put("lse", log_total.mul_(_LN2), lse_rows, unit, column, (first, last))
-                made.div_(total if bias is None else total.masked_fill_(total == 0.0, 1.0))
-                call.put("out", made, out_rows, unit, column, (first, last))
+    tensors = (query, key, value, bias, additional_keys, additional_values)
+    for bounded in (True, False):
+        if bounded and not _bounded(problem, tensors, tile):
+            continue
+        call = _Call(problem, tile, separate=not bounded)
+        inputs, first = _Inputs(call, tensors), True
+        for unit in call.units():
+            inputs.copy(unit)
+            _unit_forward(inputs, unit, bounded, out, lse)
+            if bounded and first and not _safe(call.scratch("total", *inputs.queries.shape[:-1]).log()):
+                break
+            first = False
+        else:
+            if not bounded or _safe(lse.log_()):
+                break
+    call.memory.trim()
     return out, lse
 
 
 class _BiasGradient:
-    """Sums the logits' gradients into the bias's."""
+    """Sums the logits' gradients into an offset bias's."""
 
     def __init__(self, call: _Call, bias: Tensor) -> None:
-        self.call, self.bias = call, bias
+        self.call = call
         self.total = torch.zeros(bias.shape, dtype=call.dtype)
-        self.sums: dict[tuple[int, int, int, int], tuple[_Unit, Column, Tensor]] = {}
+        self.sums: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def add(self, grad: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
-        """grad: [b, heads_kv, tiles, group, queries, keys], zero for repeated queries."""
-        if self.call.problem.bias == "query":
-            self._by_query(grad, unit, column, first, last)
-            return
-        summed, name = grad.sum(0), (first, last, unit.heads.start, column.kind)
+    def add(self, grad: Tensor, unit: _Unit, tiles: slice) -> None:
+        """grad: a chunk's [tiles, keys, queries]; the sums are [heads_kv, tiles, keys, repeats * queries]."""
+        name = (self.call.plan.kinds(unit.region), unit.heads.start, tiles.start)
+        summed = self.call.whole(grad, unit).sum((0, 2))
         if name in self.sums:
-            self.sums[name][2].add_(summed)
-        else:
-            self.sums[name] = (unit, column, summed)
-        if sum(kept.numel() for _, _, kept in self.sums.values()) > _BIAS:
+            self.sums[name][1].add_(summed)
+            return
+        if sum(kept.numel() for _, kept in self.sums.values()) + summed.numel() > _BIAS:
             self.flush()
+        index = self.call.of_chunk(self.call.plan.offset(unit.region), unit, tiles).flatten()
+        self.sums[name] = (index, summed)
 
     def flush(self) -> None:
-        """Empty the sums into the table; the columns of one kind share its offsets."""
-        table = self.total.flatten(1)
-        for (first, last, _, _), (unit, column, summed) in self.sums.items():
-            index = self.call.plan.offset(first, last, column).flatten()
-            by_head = summed.transpose(1, 2).flatten(0, 1).flatten(1)
-            for head, weights in zip(range(*self.call.all_heads(unit).indices(table.shape[0])), by_head):
+        """Empty the sums into the table of offsets."""
+        table, repeats = self.total.flatten(1), self.call.repeats
+        for (_, first, _), (index, summed) in self.sums.items():
+            by_head = summed.unflatten(-1, (repeats, -1)).movedim(-2, 1).flatten(0, 1).flatten(1)
+            for head, weights in enumerate(by_head, first * repeats):
                 table[head] += torch.bincount(index, weights.double(), table.shape[1]).to(table.dtype)
         self.sums.clear()
 
-    def _by_query(self, grad: Tensor, unit: _Unit, column: Column, first: int, last: int) -> None:
-        call = self.call
-        place, present = (t[None, None, :, None] for t in call.plan.place(first, last, column))
-        taken = grad.gather(-1, place.expand(*grad.shape[:2], -1, call.group, -1, -1)) * present
-        if self.bias.shape[0] == 1:
-            taken, unit = taken.sum(0, keepdim=True), _Unit(slice(0, 1), unit.heads, unit.chunks)
-        call.put("grad_bias", taken, call.rows(self.total), unit, column, (first, last), add=True)
+
+@dataclass
+class _Gradients:
+    """The gradients of a call in the computation's dtype, None where not needed."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    bias: _BiasGradient | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+
+    def through_logits(self) -> bool:
+        """Whether any but the values' is needed."""
+        return any(each is not None for each in (self.query, self.key, self.bias, self.additional_keys))
+
+
+def _add_far(whole: Tensor, part: Tensor, unit: _Unit) -> None:
+    """Add [b * heads_kv, n, dim] to [B, n, heads_kv, dim]."""
+    whole[unit.batch, :, unit.heads] += part.unflatten(0, unit.shape).transpose(1, 2)
+
+
+def _unit_backward(
+    inputs: _Inputs, unit: _Unit, bounded: bool, grads: _Gradients, grad_out: Tensor, lse: Tensor, delta: Tensor | None
+) -> None:
+    """Add a unit's part to `grads`.
+
+    bounded: weights are exp(logit), and grad_out and delta are times exp(-lse).
+    """
+    call, problem = inputs.call, inputs.call.problem
+    given = call.copy("grad", grad_out, unit, True)
+    deltas = None if delta is None else call.copy("delta", delta[..., None], unit, True)
+    logs = None  # infinite where there is no query: its weights are then 0, whatever the bias
+    if not bounded:
+        logs = call.copy("lse", lse[..., None], unit, True, math.inf).mul_(_LOG2E)
+    d_query = call.scratch("out", *inputs.queries.shape) if grads.query is not None else None
+    d_bias = d_key = d_value = None
+    if grads.bias is not None and inputs.bias_rows is not None:
+        d_bias = call.scratch("d_bias", *inputs.queries.shape[:-1], inputs.bias_rows.shape[-1])
+    for tiles in call.chunks(unit):
+        queries, grad, keys = inputs.queries[tiles], given[tiles], inputs.keys[tiles]
+        if logs is None:
+            weights, far = inputs.bounded_weights(unit, tiles, clamp=True)
+        else:
+            weights, far, _ = inputs.shifted_weights(unit, tiles, logs[tiles, :, 0])
+        if grads.value is not None:
+            d_value = call.sum_boxes("d_value", weights, grad, unit, tiles)
+        shift = None
+        if deltas is not None:
+            shift = deltas[tiles]
+            d_logits = call.product("d_logits", inputs.values[tiles], grad.transpose(1, 2))
+            d_logits.sub_(shift.transpose(1, 2)).mul_(weights)
+            if d_bias is not None:
+                call.take_slots(d_logits, d_bias[tiles], unit, tiles)
+            elif grads.bias is not None:
+                grads.bias.add(d_logits, unit, tiles)
+            if d_query is not None:
+                torch.bmm(d_logits.transpose(1, 2), keys, out=d_query[tiles])
+            if grads.key is not None:
+                d_key = call.sum_boxes("d_key", d_logits, queries, unit, tiles)
+        if far is None or inputs.far_key is None or inputs.far_value is None:
+            continue
+        far_query, far_grad = (t.reshape(unit.matrices, -1, t.shape[-1]) for t in (queries, grad))
+        if grads.additional_values is not None:
+            _add_far(grads.additional_values, torch.bmm(far, far_grad), unit)
+        if shift is not None:
+            d_far = call.product("d_far", inputs.far_value, far_grad.transpose(1, 2))
+            d_far.sub_(shift.reshape(unit.matrices, 1, -1)).mul_(far)
+            if d_query is not None:
+                part = d_query[tiles]
+                part += torch.bmm(d_far.transpose(1, 2), inputs.far_key).view_as(part)
+            if grads.additional_keys is not None:
+                _add_far(grads.additional_keys, torch.bmm(d_far, far_query).mul_(problem.scale), unit)
+    if d_query is not None and grads.query is not None:
+        call.put(d_query, grads.query, unit, problem.scale)
+    if d_key is not None and grads.key is not None:
+        call.put_keys(d_key, grads.key, unit, problem.scale)
+    if d_value is not None and grads.value is not None:
+        call.put_keys(d_value, grads.value, unit)
+    if d_bias is not None and grads.bias is not None:
+        call.put_bias(d_bias, grads.bias.total, unit)
 
 
 def backward(
@@ -524,97 +622,51 @@ def backward(
     out: Tensor,
     lse: Tensor,
     problem: Problem,
+    needs: tuple[bool, ...] = (True,) * 6,
     tile: tuple[int, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of query, key, value, bias, additional_keys and additional_values.
+) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key, value, bias, additional_keys and additional_values; None where not needed.
 
     With p = exp(logits - lse): dp = <grad_out, value>, dlogits = p * (dp - <grad_out, out> + grad_lse).
     """
+    tensors = (query, key, value, bias, additional_keys, additional_values)
+    asked = [needed and tensor is not None for needed, tensor in zip(needs, tensors, strict=True)]
     dtype = problem.compute_dtype
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta -= grad_lse[..., None].to(dtype)
-    total = lse.to(dtype)[..., None] * _LOG2E
-    if bias is not None:
-        total = total.masked_fill(total == -math.inf, 0.0)
-    statistics = torch.cat([total, delta], -1)
-    cells_cut = _cells(problem) if tile is None else None
-    if cells_cut is not None:
-        return _CellCall(problem, cells_cut).backward(grad_out, statistics, query, key, value, bias)
-    call = _Call(problem, tile)
-    cut, statistics = call.plan, call.rows(statistics)
-    padded_key, padded_value = call.padded(key), call.padded(value)
-    rows, grads, keys, values = (call.rows(t) for t in (query, grad_out, padded_key, padded_value))
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_query_rows = call.rows(grad_query)
-    fresh = torch.empty if cut.disjoint else torch.zeros
-    grad_key, grad_value = (fresh(t.shape, dtype=dtype) for t in (padded_key, padded_value))
-    grad_keys, grad_values = call.rows(grad_key), call.rows(grad_value)
-    added = _BiasCache(call, bias)
-    grad_bias = None if bias is None else _BiasGradient(call, bias)
-    grad_far_key, grad_far_value = (
-        None if t is None else torch.zeros(t.shape, dtype=dtype) for t in (additional_keys, additional_values)
+    bounded = _bounded(problem, tensors, tile) and _safe(lse)
+    call = _Call(problem, tile, separate=not bounded)
+
+    def zeros(number: int) -> Tensor | None:
+        tensor = tensors[number]
+        return torch.zeros(tensor.shape, dtype=dtype) if tensor is not None and asked[number] else None
+
+    fresh = torch.empty if call.plan.key_once else torch.zeros
+    grads = _Gradients(
+        torch.empty_like(query, memory_format=torch.contiguous_format) if asked[0] else None,
+        fresh(key.shape, dtype=dtype) if asked[1] else None,
+        fresh(value.shape, dtype=dtype) if asked[2] else None,
+        _BiasGradient(call, bias) if asked[3] and bias is not None else None,
+        zeros(4),
+        zeros(5),
     )
+    delta = None
+    if grads.through_logits():
+        delta = torch.linalg.vecdot(grad_out.to(dtype), out.to(dtype))
+        if grad_lse is not None:
+            delta -= grad_lse
+    if bounded:
+        inverse = lse.neg().exp_()
+        grad_out = grad_out.to(dtype) * inverse[..., None]
+        delta = None if delta is None else delta.mul_(inverse)
+    inputs = _Inputs(call, tensors)
     for unit in call.units():
-        heads = call.all_heads(unit)
-        for column in cut.columns:
-            column_query = call.heads_first("query", rows, unit, column.queries, heads, problem.scale * _LOG2E)
-            column_grad = call.heads_first("grad", grads, unit, column.queries, heads)
-            column_statistics = call.heads_first("statistics", statistics, unit, column.queries, heads)
-            column_key = call.heads_first("key", keys, unit, column.keys, unit.heads)
-            column_value = call.heads_first("value", values, unit, column.keys, unit.heads)
-            d_key = call.scratch("d_key", *column_key.shape).zero_()
-            d_value = call.scratch("d_value", *column_value.shape).zero_()
-            far_key, far_value = (_additional(call, unit, t) for t in (additional_keys, additional_values))
-            for first, last in unit.chunks:
-                tiles = call.query_tiles("query tiles", column_query, first, last)
-                grad = call.query_tiles("grad tiles", column_grad, first, last)
-                log_total, shift = call.query_tiles("statistic tiles", column_statistics, first, last).unbind(-1)
-                log_total, shift = log_total[..., None], shift[..., None]
-                if not cut.in_order:  # repeated queries have no gradient
-                    keep = cut.valid[first:last, None, :, None].expand(-1, -1, -1, column.num_queries).flatten(2)
-                    grad = grad.mul_(keep[..., None])
-                    shift = shift * keep[..., None]
-                tile_keys = call.key_tiles("key tiles", column_key, first, last)
-                tile_values = call.key_tiles("value tiles", column_value, first, last)
-                flat_query, flat_grad = (t.flatten(3, 4).flatten(0, 2) for t in (tiles, grad))
-                weights = _logits(call, tiles, tile_keys, added.get(unit, column, first, last), column, first, last)
-                weights.sub_(log_total).exp2_()
-                flat_weights = weights.flatten(3, 4).flatten(0, 2)
-                call.put_keys(d_value, flat_weights.transpose(1, 2), flat_grad, (first, last))
-                d_logits = call.product("d_logits", flat_grad, tile_values.transpose(1, 2)).view_as(weights)
-                d_logits.sub_(shift).mul_(weights)
-                if grad_bias is not None:
-                    grad_bias.add(d_logits, unit, column, first, last)
-                flat = d_logits.flatten(3, 4).flatten(0, 2)
-                d_query = call.product("d_query", flat, tile_keys).view_as(tiles)
-                call.put_keys(d_key, flat.transpose(1, 2), flat_query, (first, last))
-                if far_key is not None and far_value is not None:
-                    assert grad_far_key is not None and grad_far_value is not None
-                    far_query, far_grad = _by_head(tiles), _by_head(grad)
-                    far = call.product("far", far_query, far_key.transpose(1, 2)).sub_(_by_head(log_total)).exp2_()
-                    d_far_value = torch.bmm(far.transpose(1, 2), far_grad)
-                    d_far = call.product("d_far", far_grad, far_value.transpose(1, 2)).sub_(_by_head(shift)).mul_(far)
-                    d_query += torch.bmm(d_far, far_key).view_as(d_query)
-                    d_far_key = torch.bmm(d_far.transpose(1, 2), far_query).mul_(_LN2)
-                    for goal, part in ((grad_far_key, d_far_key), (grad_far_value, d_far_value)):
-                        shape = (unit.batch.stop - unit.batch.start, -1, *part.shape[1:])
-                        goal[unit.batch, :, unit.heads] += part.view(shape).transpose(1, 2)
-                call.put("grad_query", d_query.mul_(problem.scale), grad_query_rows, unit, column, (first, last))
-            for goal, part in ((grad_keys, d_key.mul_(_LN2)), (grad_values, d_value)):
-                goal = goal[unit.batch, ..., column.keys, unit.heads, :]
-                part = part.movedim(1, -2).unflatten(1, goal.shape[1:-3])
-                if cut.disjoint:
-                    goal.copy_(part)
-                else:
-                    goal.add_(part)
-    if grad_bias is not None:
-        grad_bias.flush()
-    return (
-        grad_query,
-        call.unpadded(grad_key).to(key.dtype).contiguous(),
-        call.unpadded(grad_value).to(value.dtype).contiguous(),
-        None if grad_bias is None or bias is None else grad_bias.total.to(bias.dtype),
-        None if grad_far_key is None or additional_keys is None else grad_far_key.to(additional_keys.dtype),
-        None if grad_far_value is None or additional_values is None else grad_far_value.to(additional_values.dtype),
+        inputs.copy(unit, values=delta is not None)
+        _unit_backward(inputs, unit, bounded, grads, grad_out, lse, delta)
+    call.memory.trim()
+    if grads.bias is not None:
+        grads.bias.flush()
+    bias_total = None if grads.bias is None else grads.bias.total
+    found = (grads.query, grads.key, grads.value, bias_total, grads.additional_keys, grads.additional_values)
+    return tuple(
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(found, tensors, strict=True)
     )

@@ -1,34 +1,49 @@
 """How the CPU path cuts a grid: tiles of queries, each with the smallest box of keys that holds all its windows.
 
-The last axis is cut into columns: plain slices of the tensors, every column with its own width. The axes before it are
-cut into row tiles of one size: lists of row numbers (a row is one index over all leading axes), the last tile of a
-dilation group filled up by repeating its last query. Along a leading axis that its dilation divides, rows are numbered
-group by group (`Axis.row_shape`), so that a group's rows lie together in what is copied anyway. A tile never spans two
-dilation groups, so its box has no holes.
-For border "zero" the keys are padded once by kernel_size - 1 positions per dilation group and axis (`Plan.padding`),
-after which no window leaves the grid. A one-dimensional grid gets a last axis of size 1.
+Every axis is cut into dilation groups and a group into tiles of one length, so that a box has no holes. Along the
+inner axes the boxes overlap and are copied with the overlap. Along the loop axis (the first) keys are copied once: the
+boxes of consecutive tiles begin a tile's length apart in that copy, and so do those of consecutive strips (all tiles
+along the loop axis), so that any run of tiles is one batch of overlapping matrices. What is copied has the layout
 
-Some windows need no tiles: they cut the grid into cells whose tokens see exactly each other (`cells`). That is block
-attention (stride = kernel_size), grid attention, and DiNAT's widest dilation (kernel_size * dilation = size).
+    queries  [B, heads_kv, *groups, *inner tiles, loop tiles, heads per key head, *queries of a tile per axis, dim]
+    keys     [B, heads_kv, *groups, *inner tiles, keys of the loop axis, *keys of a box per inner axis, dim]
+
+A box at the end of a strip may reach into the next one, at places that no query of it sees. Copies go piece by piece
+(`Move`): rectangles whose coordinates advance evenly, which a strided view reads or writes. Places without a token
+(keys outside the grid, queries beyond a group's end) hold zeros; for border "zero" these are the zero keys that take
+softmax mass.
+
+Tiles whose queries see the same places of their box are of one kind (`AxisTiles.kind`), and share tables.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.kernels.neighborhood_attention.problem import Problem, axis_windows
 
-# Measured on one AVX-512 core at head_dim 32, in multiples of the time one query-key pair takes (bmm, softmax, bmm;
-# about 3 ns): what a tile costs by being one, and what a key costs by being copied into a tile.
-_TILE_COST = 1700.0
-_KEY_COST = 10.0
-_SIZES = (1, 2, 3, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+# Fitted to times on one AVX-512 core, in nanoseconds: a product's part per query-key pair and head dim (queries are
+# multiplied _LANES at a time), the softmax's per pair, a key's or query's copies per element, a tile's two products and
+# a chunk's calls by being some.
+_PRODUCT_COST = 0.0125
+_SOFTMAX_COST = 0.35
+_COPY_COST = 0.25
+_TILE_COST = 250.0
+_CHUNK_COST = 20000.0
+_LANES = 16
+_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+CHUNK = 3 << 17  # query-key pairs that are worked on at a time
+_KEPT = 1 << 21  # elements of tables that a plan may keep
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -37,355 +52,498 @@ class Axis:
 
     size: int
     kernel_size: int
-    stride: int
+    stride: int = 1
+    dilation: int = 1
+    is_causal: bool = False
+    border: str = "shift"
+
+    @property
+    def groups(self) -> int:
+        """Dilation groups that have a member."""
+        return min(self.dilation, self.size)
+
+    def length(self, group: int) -> int:
+        """Members of a dilation group."""
+        return -(-(self.size - group) // self.dilation)
+
+
+@dataclass(frozen=True)
+class Box:
+    """Part of an axis's cut [groups, tiles, places] whose coordinates advance evenly.
+
+    The coordinate of (group, tile, place), counted from the box's first, is first + group + step * tile + dilation *
+    place.
+    """
+
+    groups: slice
+    tiles: slice
+    places: slice
+    first: int
+    step: int
     dilation: int
-    is_causal: bool
-    border: str
 
     @property
-    def before(self) -> int:
-        """Zero keys to put before each dilation group."""
-        return self.kernel_size // 2 if self.border == "zero" and not self.is_causal else 0
+    def shape(self) -> tuple[int, int, int]:
+        """Groups, tiles and places."""
+        groups, tiles, places = (part.stop - part.start for part in (self.groups, self.tiles, self.places))
+        return groups, tiles, places
 
-    @property
-    def after(self) -> int:
-        """Zero keys to put after each dilation group."""
-        return (self.kernel_size - 1) // 2 if self.border == "zero" and not self.is_causal else 0
+    def within(self, groups: slice, tiles: slice) -> Box | None:
+        """The part of it in ranges of groups and tiles."""
+        kept = []
+        for own, wanted in ((self.groups, groups), (self.tiles, tiles)):
+            kept.append(slice(max(own.start, wanted.start), min(own.stop, wanted.stop)))
+            if kept[-1].start >= kept[-1].stop:
+                return None
+        first = self.first + kept[0].start - self.groups.start + self.step * (kept[1].start - self.tiles.start)
+        return replace(self, groups=kept[0], tiles=kept[1], first=first)
 
-    @property
-    def key_size(self) -> int:
-        """Keys along the axis, the zero ones included."""
-        return self.size + self.dilation * (self.before + self.after)
+    def disjoint(self) -> list[Box]:
+        """The same tokens in boxes that hold none twice."""
+        step = self.step // self.dilation  # places from tile to tile
+        count = self.shape[1]
+        if count > 1 and step == 0:
+            ends = range(self.tiles.start, self.tiles.stop)
+            return [box for at in ends if (box := self.within(self.groups, slice(at, at + 1))) is not None]
+        length = step if count > 1 else max(1, self.shape[2])
+        return [
+            replace(
+                self,
+                places=slice(place, min(place + length, self.places.stop)),
+                first=self.first + self.dilation * (place - self.places.start),
+            )
+            for place in range(self.places.start, self.places.stop, length)
+        ]
 
-    def row_shape(self, size: int) -> tuple[int, ...]:
-        """The axis, `size` long, in the order of row numbers: (dilation, size // dilation) where that divides."""
-        regrouped = self.dilation > 1 and size % self.dilation == 0
-        return (self.dilation, size // self.dilation) if regrouped else (size,)
+    def coordinates(self) -> Iterator[int]:
+        """The coordinates of all its tokens."""
+        for group, tile, place in itertools.product(*map(range, self.shape)):
+            yield self.first + group + self.step * tile + self.dilation * place
 
-    def row_number(self, coordinate: Tensor, size: int) -> Tensor:
-        """Where a coordinate stands in that order."""
-        if len(self.row_shape(size)) == 1:
-            return coordinate
-        return coordinate % self.dilation * (size // self.dilation) + coordinate // self.dilation
+
+def boxes(axis: Axis, first: list[int], width: int) -> list[Box]:
+    """The tokens of an axis cut into `width` places from position first[tile] on, of every dilation group.
+
+    Without the places that lie outside the grid.
+    """
+    found = []
+    shorter = axis.size % axis.dilation if axis.size > axis.dilation else 0  # from this group on, a member fewer
+    for begin, end in ((0, shorter), (shorter, axis.groups)):
+        length, tile = axis.length(begin), 0
+        inside = [(max(0, -at), min(width, length - at)) for at in first]
+        while tile < len(first) and begin < end:
+            last = tile + 1
+            step = first[last] - first[tile] if last < len(first) else 0
+            while last < len(first) and inside[last] == inside[tile] and first[last] - first[last - 1] == step:
+                last += 1
+            low, high = inside[tile]
+            if low < high:
+                at = begin + axis.dilation * (first[tile] + low)
+                places, tiles = slice(low, high), slice(tile, last)
+                found.append(Box(slice(begin, end), tiles, places, at, axis.dilation * step, axis.dilation))
+            tile = last
+    return found
 
 
 @dataclass(frozen=True)
 class AxisTiles:
-    """Tiles of one axis: T queries and W keys each. Positions count from the first (padded) key of a dilation group."""
+    """Tiles of one axis: T queries and a box of W keys each. Positions count within a dilation group.
+
+    Tables hold one group where all groups have the same.
+    """
 
     axis: Axis
-    query: Tensor  # [tiles, T] coordinates; a group's last tile repeats its last query
-    valid: Tensor  # [tiles, T] False for the repeats
-    key: Tensor  # [tiles, W] coordinates in the padded axis
-    first: Tensor  # [tiles] position of the box's first key
-    position: Tensor  # [tiles, T] the query's own position
-    start: Tensor  # [tiles, T] position of its window's slot 0
-    low: Tensor  # [tiles, T] first and
-    high: Tensor  # [tiles, T] last position that takes part
-    inverse: Tensor  # [size] where in the flattened `query` a coordinate stands
+    first: list[int]  # position of each box's first key; on the loop axis a tile's length apart, and maybe below 0
+    width: int  # W
+    position: Tensor  # [tiles, T] of the queries
+    start: (
+        Tensor  # [groups, tiles, T] position of the window's slot 0; beyond a group's end its last query stands again
+    )
+    low: Tensor  # [groups, tiles, T] first and
+    high: Tensor  # [groups, tiles, T] last position that takes part
+    kind: list[int]  # tiles of one kind have equal tables
 
-    def keys_of(self, tiles: Tensor) -> Tensor:
-        """[tiles, 1, W] key positions of the given tiles' boxes."""
-        return self.first[tiles, None, None] + torch.arange(self.key.shape[1])
+    @property
+    def tile(self) -> int:
+        """T, the queries of a tile."""
+        return self.position.shape[1]
 
-    def allowed(self, tiles: Tensor) -> Tensor:
-        """[tiles, T, W]: the query sees the key."""
-        keys = self.keys_of(tiles)
-        return (keys >= self.low[tiles, :, None]) & (keys <= self.high[tiles, :, None])
+    @property
+    def count(self) -> int:
+        """Tiles of a group."""
+        return len(self.first)
 
-    def offset(self, tiles: Tensor) -> Tensor:
-        """[tiles, T, W]: index into an offset bias along this axis, clamped where the key is not seen."""
-        last = 2 * self.axis.kernel_size - 2
-        return (self.keys_of(tiles) - self.position[tiles, :, None] + self.axis.kernel_size - 1).clamp_(0, last)
+    def _keys(self, tiles: slice) -> Tensor:
+        """[tiles, W, 1] key positions of the given tiles' boxes."""
+        return torch.tensor(self.first[tiles])[:, None, None] + torch.arange(self.width)[:, None]
 
-    def slot(self, tiles: Tensor) -> Tensor:
-        """[tiles, T, W]: window slot of the key, clamped where it is not seen."""
-        return (self.keys_of(tiles) - self.start[tiles, :, None]).clamp_(0, self.axis.kernel_size - 1)
+    def allowed(self, tiles: slice) -> Tensor:
+        """[groups, tiles, W, T]: the query sees the key."""
+        keys = self._keys(tiles)
+        return (keys >= self.low[:, tiles, None]) & (keys <= self.high[:, tiles, None])
 
-    def place(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """[tiles, T, K]: where in the box each slot's key stands (clamped), and whether the slot takes part."""
-        slots = self.start[tiles, :, None] + torch.arange(self.axis.kernel_size)
-        present = (slots >= self.low[tiles, :, None]) & (slots <= self.high[tiles, :, None])
-        return (slots - self.first[tiles, None, None]).clamp_(0, self.key.shape[1] - 1), present
+    def offset(self, tiles: slice) -> Tensor:
+        """[1, tiles, W, T]: index into an offset bias along this axis, clamped where the key is not seen."""
+        relative = self._keys(tiles) - self.position[tiles, None] + self.axis.kernel_size - 1
+        return relative.clamp_(0, 2 * self.axis.kernel_size - 2)[None]
+
+    def slot(self, tiles: slice) -> Tensor:
+        """[groups, tiles, W, T]: window slot of the key, clamped where it is not seen."""
+        return (self._keys(tiles) - self.start[:, tiles, None]).clamp_(0, self.axis.kernel_size - 1)
+
+    def _slots(self, tiles: slice) -> Tensor:
+        """[groups, tiles, K, T]: positions of the windows' slots."""
+        return self.start[:, tiles, None] + torch.arange(self.axis.kernel_size)[:, None]
+
+    def place(self, tiles: slice) -> Tensor:
+        """[groups, tiles, K, T]: where in the box each slot's key stands, clamped where the slot takes no part."""
+        begin = torch.tensor(self.first[tiles])[:, None, None]
+        return (self._slots(tiles) - begin).clamp_(0, self.width - 1)
+
+    def present(self, tiles: slice) -> Tensor:
+        """[groups, tiles, K, T]: the slot takes part."""
+        slots = self._slots(tiles)
+        return (slots >= self.low[:, tiles, None]) & (slots <= self.high[:, tiles, None])
 
 
 @lru_cache(maxsize=512)
-def axis_tiles(axis: Axis, tile: int) -> AxisTiles:
-    """The axis in tiles of `tile` queries (fewer where no dilation group has as many)."""
+def axis_tiles(axis: Axis, tile: int, inner: bool) -> AxisTiles:
+    """The axis in tiles of `tile` queries (fewer where no dilation group has as many), on the loop axis or an inner."""
     windows = axis_windows(axis.size, axis.kernel_size, axis.stride, axis.dilation, axis.is_causal, axis.border)
-    coordinates: list[Tensor] = []
-    valid: list[Tensor] = []
-    lengths: list[Tensor] = []
-    tile = min(tile, -(-axis.size // axis.dilation))
-    for group in range(min(axis.dilation, axis.size)):
-        count = -(-(axis.size - group) // axis.dilation)
-        at = torch.arange(-(-count // tile) * tile)
-        coordinates.append(group + axis.dilation * at.clamp(max=count - 1))
-        valid.append(at < count)
-        lengths.append(torch.full((len(at) // tile,), count + axis.before + axis.after))
-    query, is_valid = torch.cat(coordinates).view(-1, tile), torch.cat(valid).view(-1, tile)
-    length = torch.cat(lengths)
-    low, high = windows.low[query] + axis.before, windows.high[query] + axis.before
-    width = int((high.amax(1) - low.amin(1)).amax()) + 1
-    first = torch.minimum(low.amin(1), (length - width).clamp(min=0))
-    key = torch.minimum(first[:, None] + torch.arange(width), length[:, None] - 1)
-    inverse = torch.empty(axis.size, dtype=torch.long)
-    inverse[query[is_valid]] = torch.arange(query.numel()).view_as(query)[is_valid]
-    return AxisTiles(
-        axis,
-        query,
-        is_valid,
-        windows.group[query[:, :1]] + axis.dilation * key,
-        first,
-        windows.position[query] + axis.before,
-        windows.start[query] + axis.before,
-        low,
-        high,
-        inverse,
-    )
+    longest = axis.length(0)
+    tile = min(tile, longest)
+    count = -(-longest // tile)
+    lengths = torch.tensor([axis.length(group) for group in range(axis.groups)])[:, None]
+    position = torch.arange(count * tile)
+    coordinate = torch.arange(axis.groups)[:, None] + axis.dilation * torch.minimum(position, lengths - 1)
+    tables = [table[coordinate].view(-1, count, tile) for table in (windows.start, windows.low, windows.high)]
+    lowest, highest = tables[1].amin((0, 2)), tables[2].amax((0, 2))
+    if inner:  # at the end a box of full width moves inward, so that fewer of its places lie outside the grid
+        width = int((highest - lowest + 1).amax())
+        first = torch.minimum(lowest, torch.maximum(highest.amax() + 1 - width, lowest.amin()))
+    else:
+        evenly = torch.arange(count) * tile
+        first = evenly + (lowest - evenly).amin()
+        width = int((highest - first + 1).amax())
+    if all(bool((table == table[:1]).all()) for table in tables):
+        tables = [table[:1] for table in tables]
+    position = position.view(count, tile)
+    relative = [(table - first[:, None]).transpose(0, 1).flatten(1) for table in (*tables, position[None])]
+    names: dict[tuple[int, ...], int] = {}
+    kind = [names.setdefault(tuple(row), len(names)) for row in torch.cat(relative, 1).tolist()]
+    start, low, high = tables
+    return AxisTiles(axis, first.tolist(), width, position, start, low, high, kind)
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of the last axis: slices of the tensors, and what the queries in it see of its keys."""
+class Move:
+    """A rectangle of tokens, as strided views of a tensor and of its copy (both of shape `sizes`, dim last).
 
-    queries: slice
-    keys: slice
-    num_queries: int
-    num_keys: int
-    kind: int  # columns of one kind have equal tables
-    allowed: Tensor  # [T, W]
-    offset: Tensor
-    slot: Tensor
-    place: Tensor  # [T, K]
-    present: Tensor
+    Offsets count from the tensor's part for one unit, and from the copy's begin. factor_strides: of one number per
+    token, in the copy's order.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    copy_strides: tuple[int, ...]
+    copy_offset: int
+    factor_strides: tuple[int, ...]
+    factor_offset: int
+
+    def of_copy(self, copy: Tensor) -> Tensor:
+        """The copy's view."""
+        return copy.as_strided(self.sizes, self.copy_strides, copy.storage_offset() + self.copy_offset)
+
+    def of_factor(self, factor: Tensor) -> Tensor:
+        """The view of one number per token."""
+        return factor.as_strided(self.sizes, self.factor_strides, factor.storage_offset() + self.factor_offset)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The groups and inner tiles that are copied together: a range per axis each."""
+
+    number: int  # no other region's
+    groups: tuple[slice, ...]
+    tiles: tuple[slice, ...]
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Groups per axis, then tiles per inner axis."""
+        return tuple(part.stop - part.start for part in (*self.groups, *self.tiles))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid cut into columns and row tiles; see the module's text."""
+    """A grid cut into tiles; see the module's text. The loop axis comes first; it may be one of size 1 of its own."""
 
-    rows: tuple[AxisTiles, ...]
-    columns: tuple[Column, ...]
-    query: Tensor  # [row tiles, rows] row numbers
-    valid: Tensor
-    key: Tensor  # [row tiles, key rows] row numbers in the padded grid
-    inverse: Tensor  # [grid rows]
-    in_order: bool  # row tiles follow each other without repeats
-    keys_in_order: bool  # row tiles' keys do too, without overlap
-    disjoint: bool  # every key of the last axis is in exactly one column
-    padding: tuple[int, ...]  # zero keys before and after each axis, as torch.nn.functional.pad counts, last axis first
-    key_grid: tuple[int, ...]
-    masks: dict[tuple[int, int, int], Tensor | None] = field(default_factory=dict)
+    loop: AxisTiles
+    inner: tuple[AxisTiles, ...]
+    own_loop: bool  # the grid has no axis for the loop
+    key_once: bool  # every key is copied to exactly one place
+    _kept: dict[tuple, Any] = field(default_factory=dict)
+    number: int = field(default_factory=lambda: next(_numbers))  # no other plan's or region's
 
-    def _split(self, first: int, last: int) -> list[Tensor]:
-        """The given row tiles' numbers along each leading axis."""
-        return list(torch.unravel_index(torch.arange(first, last), [len(axis.first) for axis in self.rows]))
+    @cached_property
+    def axes(self) -> tuple[AxisTiles, ...]:
+        """All axes, the loop first."""
+        return (self.loop, *self.inner)
 
-    def _cross(self, tables: list[Tensor], scales: list[int]) -> Tensor:
-        """Tables [tiles, a, b] of the leading axes as one [tiles, prod(a), prod(b)], mixed-radix in `scales`."""
-        joined = tables[0]
-        for table, scale in zip(tables[1:], scales[1:]):
-            grown = joined[:, :, None, :, None] * scale + table[:, None, :, None, :]
-            joined = grown.flatten(3, 4).flatten(1, 2)
-        return joined
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """Dilation groups per axis."""
+        return tuple(tiles.axis.groups for tiles in self.axes)
 
-    def _full(self, rows: Tensor, column: Tensor, scale: int) -> Tensor:
-        """Rows' table [tiles, a, b] and a column's [c, d] as [tiles, a * c, b * d]."""
-        return (rows[:, :, None, :, None] * scale + column[None, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+    @cached_property
+    def one_group(self) -> bool:
+        """Whether tables are the same for all groups."""
+        return all(len(tiles.low) == 1 for tiles in self.axes)
 
-    def allowed(self, first: int, last: int, column: Column) -> Tensor:
-        """[tiles, queries, keys] of the row tiles first .. last - 1 in one column: the query sees the key."""
-        tables = [axis.allowed(tiles).long() for axis, tiles in zip(self.rows, self._split(first, last))]
-        rows = tables[0]
-        for table in tables[1:]:
-            rows = (rows[:, :, None, :, None] & table[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        return (rows.bool()[:, :, None, :, None] & column.allowed[None, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+    @cached_property
+    def strip(self) -> int:
+        """Keys of the loop axis that are copied per strip: whole tiles."""
+        return self.loop.count * self.loop.tile
 
-    def mask(self, first: int, last: int, column: Column) -> Tensor | None:
-        """0 where `allowed`, -inf elsewhere, float32; None where all is allowed. Small ones are kept."""
-        name = (first, last, column.kind)
-        if name in self.masks:
-            return self.masks[name]
-        allowed = self.allowed(first, last, column)
-        mask = None if bool(allowed.all()) else torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
-        if sum(m.numel() for m in list(self.masks.values()) if m is not None) + allowed.numel() <= 1 << 22:
-            self.masks[name] = mask
-        return mask
+    @cached_property
+    def row(self) -> int:
+        """Keys of a strip or box per key of the loop axis."""
+        return math.prod(tiles.width for tiles in self.inner)
 
-    def offset(self, first: int, last: int, column: Column) -> Tensor:
-        """[tiles, queries, keys]: linear index into an offset bias."""
-        tables = [axis.offset(tiles) for axis, tiles in zip(self.rows, self._split(first, last))]
-        rows = self._cross(tables, [2 * axis.axis.kernel_size - 1 for axis in self.rows])
-        return self._full(rows, column.offset, 2 * column.place.shape[1] - 1)
+    @cached_property
+    def queries(self) -> int:
+        """Queries of a tile."""
+        return math.prod(tiles.tile for tiles in self.axes)
 
-    def slot(self, first: int, last: int, column: Column) -> Tensor:
-        """[tiles, queries, keys]: the window slot."""
-        tables = [axis.slot(tiles) for axis, tiles in zip(self.rows, self._split(first, last))]
-        rows = self._cross(tables, [axis.axis.kernel_size for axis in self.rows])
-        return self._full(rows, column.slot, column.place.shape[1])
+    @cached_property
+    def keys(self) -> int:
+        """Keys of a box."""
+        return self.loop.width * self.row
 
-    def place(self, first: int, last: int, column: Column) -> tuple[Tensor, Tensor]:
-        """[tiles, queries, slots]: where among the tile's keys each slot's key stands, and whether it takes part."""
-        found = [axis.place(tiles) for axis, tiles in zip(self.rows, self._split(first, last))]
-        at = self._cross([place for place, _ in found], [axis.key.shape[1] for axis in self.rows])
-        rows = found[0][1].long()
-        for _, table in found[1:]:
-            rows = (rows[:, :, None, :, None] * table.long()[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        present = (
-            (rows[:, :, None, :, None] * column.present.long()[None, None, :, None, :]).flatten(3, 4).flatten(1, 2)
-        )
-        return self._full(at, column.place, column.num_keys), present.bool()
+    @cached_property
+    def margin(self) -> tuple[int, int]:
+        """Keys of the loop axis that boxes read before the first strip and after the last."""
+        first = self.loop.first
+        return max(0, -first[0]), max(0, first[-1] + self.loop.width - self.strip)
 
+    @cached_property
+    def closed(self) -> bool:
+        """Whether every query sees all keys of its box, as in cells of tokens that attend among themselves."""
+        return all(bool(tiles.allowed(slice(0, tiles.count)).all()) for tiles in self.axes)
 
-def _columns(tiles: AxisTiles) -> tuple[Column, ...]:
-    """The tiles of the last axis as slices without repeats."""
-    kinds: dict[tuple, int] = {}
-    columns, step = [], tiles.axis.dilation
-    for number in range(len(tiles.first)):
-        index = torch.tensor([number])
-        count = int(tiles.valid[number].sum())
-        low, high = int(tiles.low[number, :count].amin()), int(tiles.high[number, :count].amax())
-        begin = low - int(tiles.first[number])
-        keys = slice(begin, begin + high - low + 1)
-        allowed, offset, slot = (
-            t[0, :count, keys].contiguous() for t in (tiles.allowed(index), tiles.offset(index), tiles.slot(index))
-        )
-        place, present = (t[0, :count] for t in tiles.place(index))
-        place = (place - begin).clamp(0, high - low)
-        name = (
-            count,
-            high - low,
-            *(bytes(t.byte().numpy()) for t in (allowed, present)),
-            tuple(offset.flatten().tolist()),
-        )
-        query, key = tiles.query[number, :count], tiles.key[number, keys]
-        columns.append(
-            Column(
-                slice(int(query[0]), int(query[-1]) + 1, step),
-                slice(int(key[0]), int(key[-1]) + 1, step),
-                count,
-                high - low + 1,
-                kinds.setdefault(name, len(kinds)),
-                allowed,
+    def regions(self, most: int) -> tuple[Region, ...]:
+        """All groups and inner tiles in regions of about `most` strips, at least one."""
+        name = ("regions", most)
+        if name not in self._kept:
+            counts = [*self.groups, *(tiles.count for tiles in self.inner)]
+            steps, rest = [], math.prod(counts)
+            for count in counts:
+                rest //= count
+                parts = -(-count // max(1, min(count, most // rest)))
+                steps.append(-(-count // parts))
+            ranges = [
+                [slice(at, min(at + step, count)) for at in range(0, count, step)] for count, step in zip(counts, steps)
+            ]
+            rank = len(self.axes)
+            cuts = itertools.product(*ranges)
+            self._kept[name] = tuple(Region(next(_numbers), cut[:rank], cut[rank:]) for cut in cuts)
+        return self._kept[name]
+
+    def moves(
+        self, what: str, region: Region, lead: tuple[int, ...], strides: tuple[int, ...], dim: int
+    ) -> tuple[tuple[Move, ...], bool]:
+        """How a region of a tensor [B, *grid, heads, dim] is copied, and whether every place of the copy has a token.
+
+        what: "queries", "keys", or "sums", which are keys' moves that hold no token twice. lead: batch entries, key
+        heads, query heads per key head (1 for keys). strides: the tensor's.
+        """
+        found = tuple(self._moves(what, region, lead, strides, dim))
+        places = math.prod(self.copy_shape(what == "queries", region, lead)) * dim
+        return found, sum(math.prod(move.sizes) for move in found) == places
+
+    def copy_shape(self, queries: bool, region: Region, lead: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a region's copy, but for the last dimension."""
+        if queries:
+            return (*lead[:2], *region.shape, self.loop.count, lead[2], *(tiles.tile for tiles in self.axes))
+        return (*lead[:2], *region.shape, self.strip, *(tiles.width for tiles in self.inner))
+
+    def _moves(
+        self, what: str, region: Region, lead: tuple[int, ...], strides: tuple[int, ...], dim: int
+    ) -> Iterator[Move]:
+        queries = what == "queries"
+        shape = self.copy_shape(queries, region, lead)
+        steps = [math.prod(shape[at + 1 :]) for at in range(len(shape))]
+        batch, *axes, heads, last = strides
+        if self.own_loop:
+            axes.insert(0, 0)
+        begins = [part.start for part in (*region.groups, *region.tiles)]
+        for boxes_of in itertools.product(*self._boxes(what, region)):
+            parts = [box.shape for box in boxes_of]
+            offset = sum(stride * box.first for stride, box in zip(axes, boxes_of))
+            groups = [(part[0], stride) for part, stride in zip(parts, axes)]
+            tiles = [(part[1], stride * box.step) for part, stride, box in zip(parts, axes, boxes_of)]
+            places = [(part[2], stride * box.dilation) for part, stride, box in zip(parts, axes, boxes_of)]
+            starts = [box.groups.start for box in boxes_of] + [box.tiles.start for box in boxes_of[1:]]
+            index = [0, 0, *(start - begin for start, begin in zip(starts, begins))]
+            if queries:
+                inner = [*tiles[1:], tiles[0], (lead[2], heads)]
+                index += [boxes_of[0].tiles.start, 0]
+            else:
+                inner = tiles[1:]
+            index += [box.places.start for box in boxes_of]
+            axes_of = [(lead[0], batch), (lead[1], heads * lead[2]), *groups, *inner, *places]
+            kept = [(size, stride, step) for (size, stride), step in zip(axes_of, steps, strict=True) if size > 1]
+            at = sum(place * step for place, step in zip(index, steps, strict=True))
+            yield Move(
+                (*(size for size, _, _ in kept), dim),
+                (*(stride for _, stride, _ in kept), last),
                 offset,
-                slot,
-                place.contiguous(),
-                present.contiguous(),
+                (*(step * dim for _, _, step in kept), 1),
+                at * dim,
+                (*(step for _, _, step in kept), 0),
+                at,
             )
-        )
-    return tuple(columns)
+
+    def _boxes(self, what: str, region: Region) -> Iterator[list[Box]]:
+        """Per axis the region's boxes."""
+        for number, tiles in enumerate(self.axes):
+            if what == "queries":
+                cut = boxes(tiles.axis, [tiles.tile * at for at in range(tiles.count)], tiles.tile)
+            elif number == 0:
+                cut = boxes(tiles.axis, [0], self.strip)
+            else:
+                cut = boxes(tiles.axis, tiles.first, tiles.width)
+            wanted = slice(0, tiles.count) if number == 0 else region.tiles[number - 1]
+            parts = [box.within(region.groups[number], wanted) for box in cut]
+            split = [part for part in parts if part is not None]
+            yield split if what != "sums" else [small for part in split for small in part.disjoint()]
+
+    def _joined(self, what: str, region: Region, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        """The axes' tables `what` as one [groups or 1, tiles, W, T], tiles by inner axes and then the loop's."""
+        rank, tables = len(self.axes), []
+        for number, tiles in enumerate(self.axes):
+            table = getattr(tiles, what)(slice(0, tiles.count) if number == 0 else region.tiles[number - 1])
+            if not self.one_group:
+                table = table.expand(tiles.axis.groups, *table.shape[1:])[region.groups[number]]
+            shape = [1] * 4 * rank
+            for part, place in zip(table.shape, (number, rank + (number - 1) % rank, 2 * rank + number)):
+                shape[place] = part
+            shape[3 * rank + number] = table.shape[3]
+            tables.append(table.reshape(shape))
+        made = join(tables)
+        for part in range(3, -1, -1):
+            made = made.flatten(part * rank, part * rank + rank - 1)
+        return made
+
+    def kinds(self, region: Region) -> tuple:
+        """What a region's tables depend on."""
+        name = ("kinds", region.number)
+        if name not in self._kept:
+            kinds = tuple(tuple(tiles.kind[part]) for tiles, part in zip(self.inner, region.tiles))
+            self._kept[name] = kinds if self.one_group else (kinds, region.groups[0].start, region.number)
+        return self._kept[name]
+
+    def allowed(self, region: Region) -> Tensor:
+        """[groups or 1, tiles, keys, queries]: the query sees the key."""
+        return self._joined("allowed", region, lambda tables: functools.reduce(torch.logical_and, tables))
+
+    def mask(self, region: Region, repeats: int, added: bool) -> Tensor | None:
+        """[groups or 1, tiles, keys, repeats * queries] of a region; None where all is allowed.
+
+        To multiply weights with, 1 where allowed and 0 elsewhere; or, `added`, to add to logits, 0 and -inf.
+        """
+        if self.closed:
+            return None
+        name = ("mask", self.kinds(region), repeats, added)
+        if name in self._kept:
+            return self._kept[name]
+        allowed = self.allowed(region)
+        table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
+        made = table.repeat(1, 1, 1, repeats)
+        if sum(mask.numel() for key, mask in self._kept.items() if key[0] == "mask") + made.numel() <= _KEPT:
+            self._kept[name] = made
+        return made
+
+    def _index(self, what: str, region: Region, radix: Callable[[AxisTiles], int]) -> Tensor:
+        """Index tables of all axes as one, row-major in the axes' `radix`."""
+
+        def join(tables: list[Tensor]) -> Tensor:
+            joined = tables[0]
+            for table, tiles in zip(tables[1:], self.inner):
+                joined = joined * radix(tiles) + table
+            return joined
+
+        return self._joined(what, region, join)
+
+    def offset(self, region: Region) -> Tensor:
+        """[tiles, keys, queries]: linear index into an offset bias."""
+        return self._index("offset", region, lambda tiles: 2 * tiles.axis.kernel_size - 1)[0]
+
+    def slot(self, region: Region) -> Tensor:
+        """[groups or 1, tiles, keys, queries]: the window slot."""
+        return self._index("slot", region, lambda tiles: tiles.axis.kernel_size)
+
+    def place(self, region: Region) -> tuple[Tensor, Tensor]:
+        """[groups or 1, tiles, slots, queries]: where in the box each slot's key stands, and whether it takes part."""
+        present = self._joined("present", region, lambda tables: functools.reduce(torch.logical_and, tables))
+        return self._index("place", region, lambda tiles: tiles.width), present
 
 
-def _tile_shape(axes: tuple[Axis, ...], head_dim: int) -> tuple[int, ...]:
-    """The tile that the cost model likes best."""
-    weight = head_dim / 32
+@lru_cache(maxsize=512)
+def _tile_shape(axes: tuple[Axis, ...], matrices: int, repeats: int, head_dim: int) -> tuple[float, tuple[int, ...]]:
+    """The tile that the cost model likes best, and its cost; the loop axis is the first.
 
-    def options(axis: Axis) -> list[tuple[int, int, int]]:
-        longest = -(-axis.size // axis.dilation)
-        found = []
+    matrices: batch entries times key heads; repeats: query heads of a key head.
+    """
+    choices = []
+    for number, axis in enumerate(axes):
+        longest, found = axis.length(0), []
         for size in sorted({min(size, longest) for size in _SIZES}):
-            tiles = axis_tiles(axis, size)
-            found.append((size, *tiles.key.shape))
-        return found
-
+            tiles = axis_tiles(axis, size, number > 0)
+            copied = tiles.count * (tiles.width if number else tiles.tile)
+            found.append((tiles.tile, tiles.count, tiles.width, copied, axis.groups))
+        choices.append(found)
     best, shape = math.inf, (1,) * len(axes)
-    for choice in itertools.product(*(options(axis) for axis in axes)):
-        queries, tiles, keys = (math.prod(part) for part in zip(*choice))
-        cost = tiles * (_TILE_COST + queries * keys * (0.3 + 0.7 * weight) + _KEY_COST * weight * keys)
+    for choice in itertools.product(*choices):
+        queries, count, keys, copied, groups = (math.prod(part) for part in zip(*choice))
+        rows, strips = queries * repeats, matrices * groups
+        lanes = -(-rows // _LANES) * _LANES
+        cost = keys * head_dim * _PRODUCT_COST * (lanes + rows) + _SOFTMAX_COST * keys * rows + _TILE_COST
+        cost = cost * count + 2 * _COPY_COST * head_dim * (copied + rows * count)
+        cost = cost * strips + _CHUNK_COST * max(1.0, count * keys * rows * strips / CHUNK)
         if cost < best:
             best, shape = cost, tuple(part[0] for part in choice)
-    return shape
+    return best, shape
 
 
 @lru_cache(maxsize=128)
-def _plan(axes: tuple[Axis, ...], head_dim: int, tile: tuple[int, ...] | None) -> Plan:
-    shape = tile or _tile_shape(axes, head_dim)
-    rows = tuple(axis_tiles(axis, size) for axis, size in zip(axes[:-1], shape))
-    query = key = inverse = torch.zeros(1, 1, dtype=torch.long)
-    valid = torch.ones(1, 1, dtype=torch.bool)
-    for tiles in rows:
-        axis, (count, per_tile), each = tiles.axis, tiles.query.shape, query.shape[1]
-        own = torch.empty_like(tiles.inverse)
-        own[axis.row_number(torch.arange(axis.size), axis.size)] = tiles.inverse
-        inverse = inverse.view(-1, 1)
-        tile_number = inverse // each * count + own // per_tile
-        inverse = (tile_number * each + inverse % each) * per_tile + own % per_tile
-        query_row, key_row = axis.row_number(tiles.query, axis.size), axis.row_number(tiles.key, axis.key_size)
-        query = (query[:, None, :, None] * axis.size + query_row[None, :, None]).flatten(2).flatten(0, 1)
-        valid = (valid[:, None, :, None] & tiles.valid[None, :, None]).flatten(2).flatten(0, 1)
-        key = (key[:, None, :, None] * axis.key_size + key_row[None, :, None]).flatten(2).flatten(0, 1)
-    lead = [axis.key_size for axis in axes[:-1]]
-    padding = tuple(
-        amount for axis in reversed(axes) for amount in (axis.dilation * axis.before, axis.dilation * axis.after)
+def _plan(axes: tuple[Axis, ...], own_loop: bool, shape: tuple[int, ...]) -> Plan:
+    loop, *inner = (axis_tiles(axis, size, number > 0) for number, (axis, size) in enumerate(zip(axes, shape)))
+    once = all(
+        sorted(at for box in boxes(t.axis, t.first, t.width) for at in box.coordinates()) == list(range(t.axis.size))
+        for t in inner
     )
-    columns = _columns(axis_tiles(axes[-1], shape[-1]))
-    seen = sorted(at for column in columns for at in range(*column.keys.indices(axes[-1].key_size)))
-    return Plan(
-        rows,
-        columns,
-        query,
-        valid,
-        key,
-        inverse.flatten(),
-        query.numel() == inverse.numel() and bool((query.flatten() == torch.arange(query.numel())).all()),
-        bool((key.flatten() == torch.arange(key.numel())).all()) and int(key[-1, -1]) == math.prod(lead) - 1,
-        seen == list(range(axes[-1].key_size)),
-        padding,
-        tuple(axis.key_size for axis in axes),
-    )
+    return Plan(loop, tuple(inner), own_loop, once)
 
 
-def plan(problem: Problem, tile: tuple[int, ...] | None = None) -> Plan:
-    """The cut for `problem`; `tile` (queries per axis) overrides the cost model."""
-    axes = [
+def plan(problem: Problem, tile: tuple[int, ...] | None = None, separate: bool = False) -> Plan:
+    """The cut for `problem`; `tile` (queries per axis) overrides the cost model.
+
+    separate: boxes hold no places of other strips (there is no loop axis but one of its own).
+    """
+    axes = tuple(
         Axis(size, kernel_size, stride, dilation, is_causal, problem.border)
         for size, kernel_size, stride, dilation, is_causal in zip(
             problem.grid, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal
         )
-    ]
-    if len(axes) == 1:
-        axes.append(Axis(1, 1, 1, 1, False, "shift"))
-        tile = None if tile is None else (*tile, 1)
-    return _plan(tuple(axes), max(problem.head_dim, problem.head_dim_v), tile)
-
-
-@dataclass(frozen=True)
-class Cells:
-    """A grid whose windows are cells: `count` of them, of `size` tokens each."""
-
-    shape: tuple[tuple[int, int, int], ...]  # per axis: blocks, kernel_size, dilation
-    count: int
-    size: int
-    offset: Tensor  # [size, size] index into an offset bias, query by key
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """[B, *grid, heads, dim] as [B, *blocks, *dilation, heads, *kernel_size, dim], without a copy."""
-        rank = len(self.shape)
-        for axis in range(rank, 0, -1):
-            tensor = tensor.unflatten(axis, self.shape[axis - 1])
-        blocks, tokens, groups = (range(first, 3 * rank + 1, 3) for first in (1, 2, 3))
-        return tensor.permute(0, *blocks, *groups, -2, *tokens, -1)
-
-
-def cells(problem: Problem) -> Cells | None:
-    """The cells that `problem`'s windows are, or None where they overlap or are cut off."""
-    for size, kernel_size, stride, dilation, is_causal in zip(
-        problem.grid, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal
-    ):
-        one_window = size == kernel_size * dilation and problem.border == "shift"
-        if is_causal or size % (kernel_size * dilation) or not (stride == kernel_size or one_window):
-            return None
-    return _cells(problem.grid, problem.kernel_size, problem.dilation)
-
-
-@lru_cache(maxsize=128)
-def _cells(grid: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> Cells:
-    offset = torch.zeros(1, 1, dtype=torch.long)
-    for k in kernel_size:
-        position = torch.arange(k)
-        own = position - position[:, None] + k - 1
-        offset = (offset[:, None, :, None] * (2 * k - 1) + own[None, :, None, :]).flatten(2).flatten(0, 1)
-    shape = tuple((n // (k * d), k, d) for n, k, d in zip(grid, kernel_size, dilation))
-    size = math.prod(kernel_size)
-    return Cells(shape, math.prod(grid) // size, size, offset)
+    )
+    alone = (Axis(1, 1), *axes)
+    if axes[0].border == "zero" and not axes[0].is_causal and axes[0].kernel_size > 1:
+        separate = True  # zero keys would have to stand between the strips
+    if tile is not None:
+        return _plan(alone, True, (1, *tile)) if separate else _plan(axes, False, tile)
+    matrices = 1 << (max(1, problem.batch) * problem.num_heads_kv - 1).bit_length()
+    work = matrices, problem.num_heads // problem.num_heads_kv, (problem.head_dim + problem.head_dim_v) // 2
+    found = [(*_tile_shape(cut, *work), cut) for cut in ((alone,) if separate else (axes, alone))]
+    _, shape, cut = min(found, key=lambda each: each[0])
+    return _plan(cut, len(cut) > len(axes), shape)

@@ -193,8 +193,9 @@ def na_grad_key_value(
     RANK: tl.constexpr, CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, BORDER: tl.constexpr,
     BIAS: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     TQ0: tl.constexpr, TQ1: tl.constexpr, TQ2: tl.constexpr, TK0: tl.constexpr, TK1: tl.constexpr, TK2: tl.constexpr,
+    GRAD_KEY: tl.constexpr, GRAD_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """grad_key and grad_value of one tile of keys; tiles [keys, queries] are the transposed ones of the forward."""
+    """grad_key and grad_value, as asked, of one tile of keys; tiles [keys, queries] are the forward's transposed."""
     BM: tl.constexpr = TQ0 * TQ1 * TQ2
     BN: tl.constexpr = TK0 * TK1 * TK2
     rest, g0, g1, g2, t0, t1, t2 = tile_of_program(
@@ -266,12 +267,16 @@ def na_grad_key_value(
             index = bias_column[:, None] + bias_row[None, :]
             logits += tl.load(pointer + index, mask=seen, other=0.0).to(tl.float32) * LOG2E
         p = tl.math.exp2(tl.where(seen, logits, float("-inf")) - lse2[None, :])
-        acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
-        acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
+        if GRAD_VALUE:
+            acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
+        if GRAD_KEY:
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
+            acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
-    store_rows(grad_key + tokens * heads_kv * DIM, key_rows * DIM, real, acc_k * scale, DIM, BLOCK_D)
-    store_rows(grad_value + tokens * heads_kv * DIM_V, key_rows * DIM_V, real, acc_v, DIM_V, BLOCK_DV)
+    if GRAD_KEY:
+        store_rows(grad_key + tokens * heads_kv * DIM, key_rows * DIM, real, acc_k * scale, DIM, BLOCK_D)
+    if GRAD_VALUE:
+        store_rows(grad_value + tokens * heads_kv * DIM_V, key_rows * DIM_V, real, acc_v, DIM_V, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, *MOVES, "first_head", "slice_heads", "per_program", "total"])
@@ -375,6 +380,7 @@ def na_grad_extra(
     RANK: tl.constexpr, CAUSAL0: tl.constexpr, CAUSAL1: tl.constexpr, CAUSAL2: tl.constexpr, BORDER: tl.constexpr,
     BIAS: tl.constexpr, EXTRA: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     TQ0: tl.constexpr, TQ1: tl.constexpr, TQ2: tl.constexpr, TK0: tl.constexpr, TK1: tl.constexpr, TK2: tl.constexpr,
+    GRAD_KEY: tl.constexpr, GRAD_VALUE: tl.constexpr,
 ):  # fmt: skip
     """Gradients [chunk, B, n, heads_kv, dim] of a tile of additional keys and values over a chunk of all queries."""
     BM: tl.constexpr = TQ0 * TQ1 * TQ2
@@ -414,13 +420,17 @@ def na_grad_extra(
         lse2, d = load_statistics(lse + batch_rows, delta + batch_rows, rows, valid)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
         p = tl.math.exp2(tl.where(real[:, None], logits, float("-inf")) - lse2[None, :])
-        acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
-        acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
+        if GRAD_VALUE:
+            acc_v = tl.dot(p.to(do.dtype), do, acc_v, input_precision=PRECISION)
+        if GRAD_KEY:
+            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - d[None, :])
+            acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
     start = (chunk.to(tl.int64) * batch + b) * num_extra * heads_kv + h_kv
-    store_rows(grad_key + start * DIM, n * (heads_kv * DIM), real, acc_k * scale, DIM, BLOCK_D)
-    store_rows(grad_value + start * DIM_V, n * (heads_kv * DIM_V), real, acc_v, DIM_V, BLOCK_DV)
+    if GRAD_KEY:
+        store_rows(grad_key + start * DIM, n * (heads_kv * DIM), real, acc_k * scale, DIM, BLOCK_D)
+    if GRAD_VALUE:
+        store_rows(grad_value + start * DIM_V, n * (heads_kv * DIM_V), real, acc_v, DIM_V, BLOCK_DV)
 
 
 # ------------------------------------------------------------------------------------------------------- the launchers
@@ -494,31 +504,49 @@ def _grad_offset_bias(
 
 
 def _grad_extra(
-    inputs: Inputs, grad_out: Tensor, lse: Tensor, delta: Tensor, problem: Problem, cfg: Config
-) -> tuple[Tensor, Tensor]:
-    """The gradients of additional keys and values, [B, n, heads_kv, dim] in float32."""
+    inputs: Inputs,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    problem: Problem,
+    cfg: Config,
+    needs: tuple[bool, bool],
+) -> list[Tensor | None]:
+    """The gradients of additional keys and values, [B, n, heads_kv, dim] in float32, None where not needed."""
     queries, keys = (n[0] * n[1] * n[2] for n in (cfg.queries, cfg.keys))
     programs = triton.cdiv(problem.num_additional, keys) * problem.num_heads_kv * problem.batch
     steps = triton.cdiv(problem.num_tokens, queries) * (problem.num_heads // problem.num_heads_kv)
     per_program = triton.cdiv(steps, max(1, EXTRA_PROGRAMS // programs))
     chunks = triton.cdiv(steps, per_program)
     shape = (chunks, problem.batch, problem.num_additional, problem.num_heads_kv)
-    grad_key = torch.empty((*shape, problem.head_dim), dtype=torch.float32, device=grad_out.device)
-    grad_value = torch.empty((*shape, problem.head_dim_v), dtype=torch.float32, device=grad_out.device)
+    found = [
+        torch.empty((*shape, dim), dtype=torch.float32, device=grad_out.device) if needed else None
+        for dim, needed in zip((problem.head_dim, problem.head_dim_v), needs)
+    ]
     launch(
         na_grad_extra,
         (programs * chunks,),
         lse=lse,
         grad_out=grad_out,
         delta=delta,
-        grad_key=grad_key,
-        grad_value=grad_value,
+        grad_key=delta if found[0] is None else found[0],
+        grad_value=delta if found[1] is None else found[1],
         batch=problem.batch,
         per_program=per_program,
+        GRAD_KEY=needs[0],
+        GRAD_VALUE=needs[1],
         **common_arguments(inputs, problem, cfg, grad_out),
         **grid_strides("do", grad_out),
     )
-    return grad_key.sum(0), grad_value.sum(0)
+    return [None if gradient is None else gradient.sum(0) for gradient in found]
+
+
+def _delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> Tensor:
+    """<grad_out, out> - grad_lse per query, 0 for a row without keys, where no kernel has made it on its way."""
+    delta = torch.linalg.vecdot(grad_out.float(), out.float())
+    if grad_lse is not None:
+        delta -= grad_lse
+    return delta.masked_fill_(lse == -torch.inf, 0.0)
 
 
 def backward(
@@ -552,28 +580,33 @@ def backward(
         shape = (problem.batch, *problem.grid, problem.num_heads, problem.num_slots)
         grad_bias = torch.zeros(shape, dtype=torch.float32, device=query.device)
     delta = torch.empty(lse.shape, dtype=torch.float32, device=query.device)
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_query = grad_key = grad_value = grad_extra_key = grad_extra_value = None
     with on_device(query):
-        cfg = config_for("grad_query", problem)
-        launch(
-            na_grad_query,
-            (problem.batch * problem.num_heads * count_tiles(problem, cfg.queries),),
-            out=out,
-            lse=lse,
-            grad_out=grad_out,
-            grad_lse=lse if grad_lse is None else grad_lse.float().contiguous(),
-            delta=delta,
-            grad_query=grad_query,
-            grad_bias=delta if grad_bias is None else grad_bias,
-            HAS_GRAD_LSE=grad_lse is not None,
-            GRAD_BIAS=per_query_bias,
-            **common_arguments(inputs, problem, cfg, out, grad_out, grad_bias),
-            **grid_strides("do", grad_out),
-        )
-        grad_key = grad_value = grad_extra_key = grad_extra_value = None
+        if needs[0] or per_query_bias:
+            grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+            cfg = config_for("grad_query", problem)
+            launch(
+                na_grad_query,
+                (problem.batch * problem.num_heads * count_tiles(problem, cfg.queries),),
+                out=out,
+                lse=lse,
+                grad_out=grad_out,
+                grad_lse=lse if grad_lse is None else grad_lse.float().contiguous(),
+                delta=delta,
+                grad_query=grad_query,
+                grad_bias=delta if grad_bias is None else grad_bias,
+                HAS_GRAD_LSE=grad_lse is not None,
+                GRAD_BIAS=per_query_bias,
+                **common_arguments(inputs, problem, cfg, out, grad_out, grad_bias),
+                **grid_strides("do", grad_out),
+            )
+        elif needs[1] or needs[3] or needs[4]:
+            delta = _delta(grad_out, out, grad_lse, lse)
         if needs[1] or needs[2]:
-            grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-            grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            grad_key, grad_value = (
+                torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
+                for t, needed in ((key, needs[1]), (value, needs[2]))
+            )
             cfg = config_for("grad_key_value", problem)
             launch(
                 na_grad_key_value,
@@ -581,8 +614,10 @@ def backward(
                 lse=lse,
                 grad_out=grad_out,
                 delta=delta,
-                grad_key=grad_key,
-                grad_value=grad_value,
+                grad_key=delta if grad_key is None else grad_key,
+                grad_value=delta if grad_value is None else grad_value,
+                GRAD_KEY=needs[1],
+                GRAD_VALUE=needs[2],
                 **common_arguments(inputs, problem, cfg, out, grad_out),
                 **grid_strides("do", grad_out),
             )
@@ -591,7 +626,9 @@ def backward(
             grad_bias = _grad_offset_bias(inputs, grad_out, lse, delta, problem, cfg)
         if inputs.extra_key is not None and (needs[4] or needs[5]):
             cfg = config_for("grad_extra", problem)
-            grad_extra_key, grad_extra_value = _grad_extra(inputs, grad_out, lse, delta, problem, cfg)
+            grad_extra_key, grad_extra_value = _grad_extra(
+                inputs, grad_out, lse, delta, problem, cfg, (needs[4], needs[5])
+            )
     if grad_bias is not None and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
 

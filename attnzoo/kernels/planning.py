@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from attnzoo.errors import check_choice, check_range
-from attnzoo.kernels.neighborhood_attention import _geometry, table, tiled, tiling
+from attnzoo.kernels.neighborhood_attention import _geometry, table, tiling
 from attnzoo.kernels.neighborhood_attention.problem import Problem, axis_windows
 
 PerAxis = int | Sequence[int]
@@ -299,20 +299,11 @@ def _walk(problem: Problem, kernel: str, cfg: table.Config) -> Walk:
 
 def _tiled(problem: Problem, kernel: str) -> Walk:
     """What the CPU path executes for `problem`, forward or backward."""
-    cells = tiled._cells(problem)
-    if cells is not None:
-        steps, pairs, queries, keys = cells.count, cells.count * cells.size**2, (), ()
-    else:
-        cut = tiling.plan(problem)
-        rows, key_rows = cut.query.numel(), cut.key.shape[1]
-        pairs = rows * key_rows * sum(column.num_queries * column.num_keys for column in cut.columns)
-        pairs += rows * sum(column.num_queries for column in cut.columns) * problem.num_additional
-        steps = len(cut.query) * len(cut.columns)
-        widest = max(cut.columns, key=lambda column: column.num_queries)
-        tiles = [(axis.query.shape[1], axis.key.shape[1]) for axis in cut.rows] + [
-            (widest.num_queries, widest.num_keys)
-        ]
-        queries, keys = (tuple(part[: problem.rank]) for part in zip(*tiles))
+    cut = tiling.plan(problem)
+    steps = math.prod(cut.groups) * math.prod(tiles.count for tiles in cut.axes)
+    pairs = steps * cut.queries * (cut.keys + problem.num_additional)
+    axes = cut.inner if cut.own_loop else cut.axes
+    queries, keys = (tuple(part) for part in zip(*((tiles.tile, tiles.width) for tiles in axes)))
     return Walk("tiled", queries, keys, 0, 0, steps, pairs, _flops(problem, kernel, pairs, padded=False))
 
 

@@ -421,14 +421,14 @@ class _Inputs:
         return weights, far, shift
 
 
-def _bounded(problem: Problem, tensors: tuple[Tensor | None, ...], tile: tuple[int, ...] | None) -> bool:
-    """Whether nothing speaks against weights without a maximum, but the denominators' size."""
-    _, key, value, bias, _, _ = tensors
-    assert key is not None and value is not None
+def _bounded(problem: Problem, bias: Tensor | None, unseen: tuple[Tensor, ...]) -> bool:
+    """Whether nothing speaks against weights without a maximum, but the denominators' size.
+
+    unseen: what queries meet in their boxes without seeing it; it is multiplied with 0 and so must be finite.
+    """
     if problem.bias == "query" or problem.batch == 0:
         return False
-    finite = (math.isfinite(float(t.sum(dtype=problem.compute_dtype))) for t in (key, value))
-    if not plan(problem, tile).closed and not all(finite):  # what lies in a box and is not seen is multiplied with 0
+    if not all(math.isfinite(float(tensor.sum(dtype=problem.compute_dtype))) for tensor in unseen):
         return False
     if bias is None:
         return True
@@ -480,8 +480,10 @@ def forward(
     out = query.new_empty(*query.shape[:-1], problem.head_dim_v)
     lse = query.new_empty(query.shape[:-1], dtype=problem.compute_dtype)
     tensors = (query, key, value, bias, additional_keys, additional_values)
+    closed = plan(problem, tile).closed
     for bounded in (True, False):
-        if bounded and not _bounded(problem, tensors, tile):
+        # keys that are not finite show in lse
+        if bounded and not _bounded(problem, bias, () if closed else (value,)):
             continue
         call = _Call(problem, tile, separate=not bounded)
         inputs, first = _Inputs(call, tensors), True
@@ -632,7 +634,7 @@ def backward(
     tensors = (query, key, value, bias, additional_keys, additional_values)
     asked = [needed and tensor is not None for needed, tensor in zip(needs, tensors, strict=True)]
     dtype = problem.compute_dtype
-    bounded = _bounded(problem, tensors, tile) and _safe(lse)
+    bounded = _bounded(problem, bias, () if plan(problem, tile).closed else (key, value)) and _safe(lse)
     call = _Call(problem, tile, separate=not bounded)
 
     def zeros(number: int) -> Tensor | None:
@@ -650,7 +652,7 @@ def backward(
     )
     delta = None
     if grads.through_logits():
-        delta = torch.linalg.vecdot(grad_out.to(dtype), out.to(dtype))
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
         if grad_lse is not None:
             delta -= grad_lse
     if bounded:

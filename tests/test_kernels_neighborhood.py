@@ -150,12 +150,15 @@ def results(function: Callable, tensors: list[Tensor | None], dtype: torch.dtype
     return [out.detach(), lse.detach(), *torch.autograd.grad([out, lse], wanted, [by_out, by_lse])]
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
+def error(got: Tensor, want: Tensor, terms: int = 1) -> float:
+    """Norm of the difference over the norm of what is wanted.
+
+    Where that cancels, over a tenth of the size that a sum of so many terms of size 1 has.
+    """
     assert got.shape == want.shape and torch.equal(got.isfinite(), want.isfinite())
     finite = want.isfinite()
     difference, norm = (got.double() - want)[finite].norm().item(), want[finite].norm().item()
-    return difference / max(norm, 0.1 * math.sqrt(max(1, want.numel())))  # sums that cancel: against their terms
+    return difference / max(norm, 0.1 * math.sqrt(max(1, want.numel()) * terms))
 
 
 @contextmanager
@@ -232,7 +235,8 @@ def check(case: Case) -> None:
                 for number, (got, wanted) in enumerate(zip(found, want, strict=True)):
                     # float32 rounds a logit by its size, and the weights in proportion
                     allowed = bar * (30 if case.size > 1 and dtype == torch.float32 else 1)
-                    assert error(got, wanted) <= allowed, f"{backend}, {dtype}, result {number}"
+                    terms = case.batch * math.prod(case.grid) if number > 4 else 1
+                    assert error(got, wanted, terms) <= allowed, f"{backend}, {dtype}, result {number}"
     finally:
         tiling.CHUNK = before
 

@@ -173,34 +173,37 @@ class AxisTiles:
         """Tiles of a group."""
         return len(self.first)
 
-    def _keys(self, tiles: slice) -> Tensor:
+    def _keys(self, tiles: list[int]) -> Tensor:
         """[tiles, W, 1] key positions of the given tiles' boxes."""
-        return torch.tensor(self.first[tiles])[:, None, None] + torch.arange(self.width)[:, None]
+        return self._first(tiles) + torch.arange(self.width)[:, None]
 
-    def allowed(self, tiles: slice) -> Tensor:
+    def _first(self, tiles: list[int]) -> Tensor:
+        """[tiles, 1, 1] position of the boxes' first keys."""
+        return torch.tensor([self.first[tile] for tile in tiles])[:, None, None]
+
+    def allowed(self, tiles: list[int]) -> Tensor:
         """[groups, tiles, W, T]: the query sees the key."""
         keys = self._keys(tiles)
         return (keys >= self.low[:, tiles, None]) & (keys <= self.high[:, tiles, None])
 
-    def offset(self, tiles: slice) -> Tensor:
+    def offset(self, tiles: list[int]) -> Tensor:
         """[1, tiles, W, T]: index into an offset bias along this axis, clamped where the key is not seen."""
         relative = self._keys(tiles) - self.position[tiles, None] + self.axis.kernel_size - 1
         return relative.clamp_(0, 2 * self.axis.kernel_size - 2)[None]
 
-    def slot(self, tiles: slice) -> Tensor:
+    def slot(self, tiles: list[int]) -> Tensor:
         """[groups, tiles, W, T]: window slot of the key, clamped where it is not seen."""
         return (self._keys(tiles) - self.start[:, tiles, None]).clamp_(0, self.axis.kernel_size - 1)
 
-    def _slots(self, tiles: slice) -> Tensor:
+    def _slots(self, tiles: list[int]) -> Tensor:
         """[groups, tiles, K, T]: positions of the windows' slots."""
         return self.start[:, tiles, None] + torch.arange(self.axis.kernel_size)[:, None]
 
-    def place(self, tiles: slice) -> Tensor:
+    def place(self, tiles: list[int]) -> Tensor:
         """[groups, tiles, K, T]: where in the box each slot's key stands, clamped where the slot takes no part."""
-        begin = torch.tensor(self.first[tiles])[:, None, None]
-        return (self._slots(tiles) - begin).clamp_(0, self.width - 1)
+        return (self._slots(tiles) - self._first(tiles)).clamp_(0, self.width - 1)
 
-    def present(self, tiles: slice) -> Tensor:
+    def present(self, tiles: list[int]) -> Tensor:
         """[groups, tiles, K, T]: the slot takes part."""
         slots = self._slots(tiles)
         return (slots >= self.low[:, tiles, None]) & (slots <= self.high[:, tiles, None])
@@ -329,7 +332,7 @@ class Plan:
     @cached_property
     def closed(self) -> bool:
         """Whether every query sees all keys of its box, as in cells of tokens that attend among themselves."""
-        return all(bool(tiles.allowed(slice(0, tiles.count)).all()) for tiles in self.axes)
+        return all(bool(tiles.allowed(list(range(tiles.count))).all()) for tiles in self.axes)
 
     def regions(self, most: int) -> tuple[Region, ...]:
         """All groups and inner tiles in regions of about `most` strips, at least one."""
@@ -418,11 +421,29 @@ class Plan:
             split = [part for part in parts if part is not None]
             yield split if what != "sums" else [small for part in split for small in part.disjoint()]
 
+    def samples(self, region: Region) -> tuple[list[list[int]], Tensor]:
+        """Per axis a tile of each kind in the region; and of every tile of a group which of their products it is like.
+
+        Tiles, and the products, by inner axes and then the loop's.
+        """
+        name = ("samples", self.kinds(region))
+        if name not in self._kept:
+            index, found = torch.zeros(1, dtype=torch.long), []
+            ranges = [*region.tiles, slice(0, self.loop.count)]
+            for tiles, part in zip((*self.inner, self.loop), ranges):
+                kinds = tiles.kind[part]
+                distinct = list(dict.fromkeys(kinds))
+                found.append([part.start + kinds.index(kind) for kind in distinct])
+                own = torch.tensor([distinct.index(kind) for kind in kinds])
+                index = (index[:, None] * len(distinct) + own).flatten()
+            self._kept[name] = [found[-1], *found[:-1]], index
+        return self._kept[name]
+
     def _joined(self, what: str, region: Region, join: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        """The axes' tables `what` as one [groups or 1, tiles, W, T], tiles by inner axes and then the loop's."""
+        """The axes' tables `what` of the samples' products as one [groups or 1, products, W, T]."""
         rank, tables = len(self.axes), []
-        for number, tiles in enumerate(self.axes):
-            table = getattr(tiles, what)(slice(0, tiles.count) if number == 0 else region.tiles[number - 1])
+        for number, (tiles, chosen) in enumerate(zip(self.axes, self.samples(region)[0])):
+            table = getattr(tiles, what)(chosen)
             if not self.one_group:
                 table = table.expand(tiles.axis.groups, *table.shape[1:])[region.groups[number]]
             shape = [1] * 4 * rank
@@ -435,6 +456,10 @@ class Plan:
             made = made.flatten(part * rank, part * rank + rank - 1)
         return made
 
+    def spread(self, table: Tensor, region: Region) -> Tensor:
+        """A table [..., products of samples, a, b] for every tile of a group, [..., tiles, a, b]."""
+        return table.index_select(-3, self.samples(region)[1])
+
     def kinds(self, region: Region) -> tuple:
         """What a region's tables depend on."""
         name = ("kinds", region.number)
@@ -444,7 +469,7 @@ class Plan:
         return self._kept[name]
 
     def allowed(self, region: Region) -> Tensor:
-        """[groups or 1, tiles, keys, queries]: the query sees the key."""
+        """[groups or 1, products of samples, keys, queries]: the query sees the key."""
         return self._joined("allowed", region, lambda tables: functools.reduce(torch.logical_and, tables))
 
     def mask(self, region: Region, repeats: int, added: bool) -> Tensor | None:
@@ -459,7 +484,7 @@ class Plan:
             return self._kept[name]
         allowed = self.allowed(region)
         table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
-        made = table.repeat(1, 1, 1, repeats)
+        made = self.spread(table.repeat(1, 1, 1, repeats), region)
         if sum(mask.numel() for key, mask in self._kept.items() if key[0] == "mask") + made.numel() <= _KEPT:
             self._kept[name] = made
         return made
@@ -476,17 +501,18 @@ class Plan:
         return self._joined(what, region, join)
 
     def offset(self, region: Region) -> Tensor:
-        """[tiles, keys, queries]: linear index into an offset bias."""
+        """[products of samples, keys, queries]: linear index into an offset bias."""
         return self._index("offset", region, lambda tiles: 2 * tiles.axis.kernel_size - 1)[0]
 
     def slot(self, region: Region) -> Tensor:
         """[groups or 1, tiles, keys, queries]: the window slot."""
-        return self._index("slot", region, lambda tiles: tiles.axis.kernel_size)
+        return self.spread(self._index("slot", region, lambda tiles: tiles.axis.kernel_size), region)
 
     def place(self, region: Region) -> tuple[Tensor, Tensor]:
         """[groups or 1, tiles, slots, queries]: where in the box each slot's key stands, and whether it takes part."""
         present = self._joined("present", region, lambda tables: functools.reduce(torch.logical_and, tables))
-        return self._index("place", region, lambda tiles: tiles.width), present
+        at = self._index("place", region, lambda tiles: tiles.width)
+        return self.spread(at, region), self.spread(present, region)
 
 
 @lru_cache(maxsize=512)

@@ -410,3 +410,16 @@ def test_goldens(backend):
         assert got.keys() == wanted.keys()
         for name, want in wanted.items():
             assert ((got[name] - want).norm() / want.norm()).item() < 1e-5, name
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 5), (4, 4)])
+def test_a_call_in_inference_mode_leaves_nothing_behind(kernel_size):
+    """Buffers and tables that are kept from call to call can be written after a first call in inference mode."""
+    query = torch.randn(2, 8, 12, 4, 24)
+    with torch.inference_mode():
+        first = neighborhood_attention(query, query, query, kernel_size, stride=kernel_size)
+    given = query.clone().requires_grad_()
+    out = neighborhood_attention(given, given, given, kernel_size, stride=kernel_size)
+    assert torch.equal(out, first)
+    out.square().sum().backward()
+    assert given.grad is not None and given.grad.isfinite().all()

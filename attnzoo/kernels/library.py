@@ -7,7 +7,8 @@ differentiated. Outputs never alias inputs and are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from torch import Tensor
 from attnzoo.errors import UnsupportedError
 
 NAMESPACE = "attnzoo"
+
+
+@contextmanager
+def _ordinary() -> Iterator[None]:
+    """Outside of inference mode: what a back end keeps for later calls (buffers, tables) must not be inference tensors,
+    which the next call outside could not write to."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _count(declaration: str) -> int:
@@ -50,7 +59,8 @@ def register(
     full = f"{NAMESPACE}::{name}"
 
     def run_forward(*arguments: Any) -> Any:
-        results = forward(*arguments)
+        with _ordinary():
+            results = forward(*arguments)
         return results[0] if num_outputs == 1 else tuple(results)
 
     def run_fake(*arguments: Any) -> Any:
@@ -89,7 +99,8 @@ def register(
 
     def run_backward(*arguments: Any) -> list[Tensor]:
         needs = split(arguments)[-1]
-        gradients = backward(*split(arguments))
+        with _ordinary():
+            gradients = backward(*split(arguments))
         return [g for g, needed in zip(gradients, needs, strict=True) if needed and g is not None]
 
     def run_backward_fake(*arguments: Any) -> list[Tensor]:

@@ -89,6 +89,10 @@ CASES = {
     "head_dim 256": Case((9, 8), 5, head_dim=256, heads=1),
     "scale 0": Case((9, 8), 5, scale=0.0, heads=1),
     "scale below 0": Case((9, 8), 5, scale=-0.4, heads=1),
+    "large window": Case((16, 16), 15, heads=1, head_dim=16),
+    "large window 1d": Case((200,), 129, heads=1, head_dim=16),
+    "windows that tiles fill": Case((24, 16), (16, 8), stride=8, heads=1, head_dim=16),
+    "window of the whole grid 3d": Case((5, 6, 8), (5, 6, 8), heads=1, head_dim=16),
     "without a gradient of lse": Case((9, 8), 5, grad_lse=False, heads=1),
 }
 # Norm of the error over the norm of the float64 result: out and lse, gradients.

@@ -38,6 +38,8 @@ def relative_error(got: Sequence[Tensor | None], wanted: Sequence[Tensor | None]
 def results(function: Callable[[], Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """The output of `function` and its gradients."""
     out = function()
+    if not inputs:  # an inference-only call
+        return [out.detach()]
     return [out.detach(), *torch.autograd.grad(out, list(inputs), grad, allow_unused=True)]
 
 
@@ -56,10 +58,10 @@ def passes(
     def both(function: Callable[[], Tensor]) -> Run:
         return lambda: torch.autograd.grad(function(), list(inputs), grad, allow_unused=True)
 
-    return {
-        "forward": {name: forward(function) for name, function in runs.items()},
-        "forward + backward": {name: both(function) for name, function in runs.items()},
-    }
+    found = {"forward": {name: forward(function) for name, function in runs.items()}}
+    if inputs:
+        found["forward + backward"] = {name: both(function) for name, function in runs.items()}
+    return found
 
 
 def reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ hardware made for it; here `linear_attention` multiplies.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -172,7 +173,7 @@ def fit_hashes(model: nn.Module, images: Tensor, **options: Any) -> None:
             handle.remove()
 
 
-class ShiftAddAttention(nn.Module):
+class ShiftAddAttention(nn.Module, ABC):
     """Base of the attentions: heads, proj. `linear` makes their projections (nn.Linear or a mixture)."""
 
     def __init__(
@@ -203,9 +204,9 @@ class ShiftAddAttention(nn.Module):
         """[B, N, dim] -> [B, N, heads, head_dim]."""
         return x.unflatten(-1, (self.num_heads, self.head_dim))
 
+    @abstractmethod
     def _mix(self, x: Tensor) -> Tensor:
         """Tokens -> mixed values [B, N, heads, head_dim]."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, feat_size: Any = None) -> Tensor:
         return self.proj_drop(self.proj(self._mix(x).flatten(2)))

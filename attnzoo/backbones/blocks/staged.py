@@ -43,10 +43,6 @@ class Stage(nn.Module):
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.forward_blocks(x)
-        return x if self.downsample is None else self.downsample(x)
-
 
 class StagedTransformer(LeveledModel):
     """Tokens, stages of pre-norm blocks, norm, mean over tokens, Linear.

@@ -21,7 +21,7 @@ __all__ = ["EfficientAttention", "EfficientTokenAttention"]
 def _efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax over channels of query, times (softmax over tokens of key)^T value: all [B, heads, N, width].
 
-    `linear_attention`'s efficient mode, for heads of any width: one head is a whole CNN stage wide, and that stops at 256.
+    `linear_attention`'s efficient mode, for heads of any width: a head may be a CNN stage wide, and that stops at 256.
     """
     return query.softmax(-1) @ (key.softmax(-2).transpose(-1, -2) @ value)
 

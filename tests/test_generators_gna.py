@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from attnzoo import generators
 from attnzoo.errors import ReachError, UnsupportedError
 from attnzoo.generators.chain import Layer, Link
-from attnzoo.generators.hooks import ATTENTION_HOOK, Frame, Intercept
+from attnzoo.generators.interception import ATTENTION_HOOK, Frame, Intercept
 
 
 class Explicit(TorchFunctionMode):

@@ -24,12 +24,19 @@ _OUTSIDE = "enable on the compiled model (torch.compile first, then enable), or 
 
 
 class Family(ABC):
-    """Base of the adapters, one object per denoiser. rank: axes of the grid; text: where text tokens stand."""
+    """Base of the adapters, one object per denoiser. rank: axes of the grid; text: where text tokens stand.
+
+    attention, cross, mlp: the last part of the names of self-attentions, of the cross-attentions that read the text
+    ("" where there are none), and of the feed-forward layers. parts: the branches of a batch that holds both.
+    """
 
     rank = 2
     text = "none"
     pyramid = False
-    attention = "attn1"  # the last part of a self-attention module's name
+    attention = "attn1"
+    cross = ""
+    mlp: tuple[str, ...] = ("ff",)
+    parts: tuple[str, ...] = ("uncond", "cond")
 
     def __init__(self, model: nn.Module) -> None:
         self.config: Any = getattr(model, "config", None)
@@ -40,10 +47,17 @@ class Family(ABC):
         return {**dict(zip(self._parameters, args)), **kwargs}
 
     def role(self, name: str) -> str | None:
-        """Either "joint" or "image" (no text in its sequence); None where `name` is no self-attention of the grid."""
-        if name.rsplit(".", 1)[-1] != self.attention:
-            return None
-        return "image" if self.text == "none" else "joint"
+        """What the module `name` is; None where it is none of these.
+
+        "joint" or "image" (no text in its sequence): a self-attention over the grid; "cross": a cross-attention that
+        reads the text; "mlp": a feed-forward layer.
+        """
+        last = name.rsplit(".", 1)[-1]
+        if last == self.attention:
+            return "image" if self.text == "none" else "joint"
+        if last in self.mlp:
+            return "mlp"
+        return "cross" if self.cross and last == self.cross else None
 
     @abstractmethod
     def grid(self, given: Arguments) -> tuple[int, ...]:
@@ -68,8 +82,11 @@ class Family(ABC):
     def layout(self, given: Arguments, grid: tuple[int, ...] | None = None) -> TokenLayout:
         """The layout of one forward. grid: the caller's own; read from the arguments where None."""
         grid = grid or self.grid(given)
+        text = given.get("encoder_hidden_states")
         num_text = 0 if self.text == "none" else int(given["encoder_hidden_states"].shape[1])
-        layout = TokenLayout(grid, num_text, self.text, self.references(given, grid), pyramid=self.pyramid)
+        context = int(text.shape[1]) if self.cross and isinstance(text, Tensor) else 0
+        references = self.references(given, grid)
+        layout = TokenLayout(grid, num_text, self.text, references, pyramid=self.pyramid, num_context=context)
         padding = self.padding(given) if num_text else None
         if padding is not None and torch.compiler.is_compiling():
             raise UnsupportedError(f"the text padding's values can't be read inside a compiled whole model: {_OUTSIDE}")
@@ -88,26 +105,33 @@ class _Patched2D(Family):
 
 
 class DiT(_Patched2D):
-    """DiT: image tokens only, a class label instead of text."""
+    """DiT: image tokens only, a class label instead of text; its pipeline puts the conditional half first."""
+
+    parts = ("cond", "uncond")
 
 
 class PixArt(_Patched2D):
     """PixArt alpha and sigma: image tokens; text is read by attn2."""
+
+    cross = "attn2"
 
 
 class SD3(_Patched2D):
     """Stable Diffusion 3 and 3.5: [image, text]; 3.5 medium adds image-only attn2 in its first layers."""
 
     text = "last"
+    attention = "attn"
+    mlp = ("ff", "ff_context")
 
     def role(self, name: str) -> str | None:
-        return {"attn": "joint", "attn2": "image"}.get(name.rsplit(".", 1)[-1])
+        return "image" if name.rsplit(".", 1)[-1] == "attn2" else super().role(name)
 
 
 class UNet(Family):
     """UNet2DConditionModel (Stable Diffusion 1, 2, XL): image tokens per level; text is read by attn2."""
 
     pyramid = True
+    cross = "attn2"
 
     def grid(self, given: Arguments) -> tuple[int, ...]:
         return tuple(given["sample"].shape[-2:])
@@ -129,6 +153,7 @@ class Flux(Family):
 
     text = "first"
     attention = "attn"
+    mlp = ("ff", "ff_context")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -174,6 +199,7 @@ class QwenImage(Family):
     rank = 3
     text = "first"
     attention = "attn"
+    mlp = ("img_mlp", "txt_mlp")
 
     @staticmethod
     def _shapes(given: Arguments) -> list[tuple[int, ...]]:
@@ -203,6 +229,7 @@ class HunyuanVideo(Family):
     rank = 3
     text = "last"
     attention = "attn"
+    mlp = ("ff", "ff_context")
 
     def role(self, name: str) -> str | None:
         return None if name.startswith("context_embedder.") else super().role(name)  # the refiner sees text only
@@ -238,6 +265,8 @@ class Wan(Family):
     """Wan 2.1 and 2.2: video tokens; text (and the image of image-to-video) is read by attn2."""
 
     rank = 3
+    cross = "attn2"
+    mlp = ("ffn",)
 
     def grid(self, given: Arguments) -> tuple[int, ...]:
         return self.latent_grid(*given["hidden_states"].shape[-3:])
@@ -250,6 +279,7 @@ class LTX(Family):
     """LTX-Video: packed video tokens [B, N, C]; num_frames, height and width are arguments of the forward."""
 
     rank = 3
+    cross = "attn2"
 
     def grid(self, given: Arguments) -> tuple[int, ...]:
         sizes = tuple(given.get(name) for name in ("num_frames", "height", "width"))

@@ -1,12 +1,16 @@
-"""Middleware around one attention call: what a method is, and the ordered chain of them in one layer."""
+"""Middleware: what a method is, at three depths, and the ordered chains of them.
+
+A method may stand around one attention call (`attend`), around a whole attention or feed-forward module (`around`),
+and around the denoiser's forward (`denoise`); it overrides what it needs, and costs nothing where it overrides nothing.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +18,15 @@ from torch import Tensor
 from attnzoo.errors import UnsupportedError
 from attnzoo.generators.layout import StepContext, TokenLayout
 
+if TYPE_CHECKING:
+    from attnzoo.generators.forward import Forward
+
 Next = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+Call = Callable[[], Any]
+
+SELF = frozenset({"joint", "image"})
+CROSS = frozenset({"cross"})
+MLP = frozenset({"mlp"})
 
 
 class Stage(IntEnum):
@@ -32,25 +44,34 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Layer:
-    """The intercepted call's layer: its module name, its place among the intercepted ones, and the call's options."""
+    """The layer of a call: its module name, its place among those of its kind, its role, and the call's options.
+
+    role: "joint", "image", "cross" or "mlp", see `Family.role`. phase: what the method's `phase` gave for this forward.
+    """
 
     name: str
     index: int
     scale: float | None = None
     dropout_p: float = 0.0
+    role: str = "joint"
+    phase: Hashable = True
 
 
 class Method(ABC):
-    """Base of the methods. One object serves one denoiser for the life of its handle."""
+    """Base of the methods. One object serves one denoiser for the life of its handle.
+
+    roles: of the modules it acts on; layers= chooses among these. moves_latents: it calls `Forward.move_latents`.
+    """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+    roles: ClassVar[frozenset[str]] = SELF
+    moves_latents: ClassVar[bool] = False
 
     def __init__(self, rank: int) -> None:
         """rank: axes of the model's grid. A method adds its own arguments, all by keyword, and checks them here."""
         self.rank = rank
 
-    @abstractmethod
     def attend(
         self,
         query: Tensor,
@@ -62,10 +83,27 @@ class Method(ABC):
         layer: Layer,
         next: Next,
     ) -> Tensor:
-        """One attention: query, key, value [B, heads, N, head_dim], mask as for SDPA -> [B, heads, N, head_dim].
+        """One attention: query [B, heads, N, head_dim], key and value [B, heads, M, head_dim], mask as for SDPA.
 
-        `next(query, key, value, mask)` is the rest of the chain; at the end stands the stock SDPA call.
+        Returns [B, heads, N, head_dim]. `next(query, key, value, mask)` is the rest of the chain; at the end stands the
+        stock SDPA call. layout: the layer's own (a UNet level's grid); in cross-attention M is `layout.num_context`.
+        Inside torch.compile read `layer.phase`, not `ctx`: a step counter would be a constant of the graph.
         """
+        return next(query, key, value, mask)
+
+    def around(self, call: Call, layout: TokenLayout, ctx: StepContext, layer: Layer) -> Any:
+        """One module: `call()` runs it and returns its output, a tensor or a tuple of them; or return another in its
+        place. layout: the whole forward's. Inside torch.compile read `layer.phase`, not `ctx`.
+        """
+        return call()
+
+    def denoise(self, forward: Forward, layout: TokenLayout, ctx: StepContext) -> Any:
+        """One forward of the denoiser: `forward()` runs it, `forward(branch=, **changed)` with other arguments."""
+        return forward()
+
+    def phase(self, ctx: StepContext) -> Hashable:
+        """What the layers must know of the step, as few values as there are kinds of step: each is one graph."""
+        return True
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -79,14 +117,28 @@ class Method(ABC):
         """Bytes of tensors that the method keeps between calls."""
         return 0
 
+    def forget(self) -> None:  # noqa: B027  most methods keep nothing
+        """Free what the method keeps between calls; called when it is disabled."""
+
+    @classmethod
+    def overrides(cls, part: str) -> bool:
+        """Whether the method does anything in "attend", "around", "denoise" or "phase"."""
+        return getattr(cls, part) is not getattr(Method, part)
+
 
 @dataclass(frozen=True)
 class Link:
-    """One method in one layer's chain. slot: the method's place in the phase; heads: None for all of them."""
+    """One method in one layer's chain. slot: the method's place in the phase; heads, branches: None for all of them."""
 
     method: Method
     slot: int
     heads: tuple[int, ...] | None = None
+    phase: Hashable = True
+    branches: frozenset[str] | None = None
+
+    def in_phase(self, phase: Hashable) -> Link:
+        """The same in a forward whose phase for this method is `phase`."""
+        return self if phase is True else replace(self, phase=phase)
 
     def attend(
         self,
@@ -99,7 +151,40 @@ class Link:
         layer: Layer,
         next: Next,
     ) -> Tensor:
-        """The method on its own heads; the other heads go on along the chain."""
+        """The method on its own branches and heads; the others go on along the chain."""
+        layer = layer if self.phase is True else replace(layer, phase=self.phase)
+        if not self.only_some(ctx):
+            return self._on_heads(query, key, value, mask, layout, ctx, layer, next)
+        count, batch = len(ctx.parts), query.shape[0]
+        if batch % count:
+            raise UnsupportedError(f"{layer.name}: a batch of {batch} holds no {count} equal parts ({ctx.parts})")
+        outs = []
+        for index, branch in enumerate(ctx.parts):
+            rows = slice(index * batch // count, (index + 1) * batch // count)
+            q, k, v = query[rows], key[rows], value[rows]
+            own = mask[rows] if mask is not None and mask.ndim == 4 and mask.shape[0] == batch else mask
+            if branch in (self.branches or ()):
+                part = replace(ctx, branch=branch, parts=(branch,))
+                outs.append(self._on_heads(q, k, v, own, layout.for_rows(rows), part, layer, next))
+            else:
+                outs.append(next(q, k, v, own))
+        return torch.cat(outs)
+
+    def only_some(self, ctx: StepContext) -> bool:
+        """Whether the batch holds several branches and the method acts on a part of them."""
+        return self.branches is not None and len(ctx.parts) > 1 and not self.branches.issuperset(ctx.parts)
+
+    def _on_heads(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        layout: TokenLayout,
+        ctx: StepContext,
+        layer: Layer,
+        next: Next,
+    ) -> Tensor:
         if self.heads is None:
             return self.method.attend(query, key, value, mask, layout, ctx, layer, next)
         total = query.shape[1]
@@ -142,3 +227,17 @@ def run_chain(
         return run_chain(links[1:], query, key, value, mask, layout, ctx, layer, stock)
 
     return links[0].attend(query, key, value, mask, layout, ctx, layer, following)
+
+
+def run_around(links: tuple[Link, ...], layout: TokenLayout, ctx: StepContext, layer: Layer, stock: Call) -> Any:
+    """The links that stand around a module, in their order around `stock`."""
+    if not links:
+        return stock()
+    link, rest = links[0], links[1:]
+    if link.only_some(ctx):
+        raise UnsupportedError(
+            f"{layer.name}: method {link.method.name!r} acts on whole modules, whose batch holds {ctx.parts} here: "
+            f"branches={sorted(link.branches or ())} can't be told apart"
+        )
+    own = layer if link.phase is True else replace(layer, phase=link.phase)
+    return link.method.around(lambda: run_around(rest, layout, ctx, layer, stock), layout, ctx, own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from attnzoo.generators.schedule import (
     choose_steps,
 )
 
-METHODS: dict[str, Callable[..., Method]] = {"gna": GNA}
+METHODS: dict[str, type[Method]] = {"gna": GNA}
 
 _switching = threading.RLock()
 
@@ -71,6 +71,7 @@ class Handle:
             for _, denoiser, method, _ in self._parts:
                 denoiser.remove(method)
                 del denoiser.owners[method.name]
+                _follow_latents(denoiser)
                 if not denoiser.methods:
                     denoiser.detach()
             self._parts = []
@@ -90,6 +91,15 @@ class Handle:
             raise ValueError("new_run on a handle that is disabled")
         for tracker in {id(d.tracker): d.tracker for _, d, _, _ in self._parts}.values():
             tracker.new_run(total)
+
+    def methods(self, name: str) -> list[Method]:
+        """The objects of the method `name`, one per denoiser. Raises KeyError where this handle has none."""
+        found = [method for _, _, method, _ in self._parts if method.name == name]
+        if not found:
+            raise KeyError(
+                f"this handle has no method {name!r}; it has {sorted({m.name for _, _, m, _ in self._parts})}"
+            )
+        return found
 
     def report(self) -> dict[str, Any]:
         """What is on, per denoiser: intercepted layers, last grid and step, density per layer, bytes of state."""
@@ -111,7 +121,7 @@ def _describe(name: str, denoiser: Denoiser, method: Method, schedule: Schedule)
         "model": type(denoiser.model).__name__,
         "method": method.name,
         "settings": method.settings(),
-        "layers": [n for n in denoiser.hooks if n in schedule.layers],
+        "layers": [n for n in denoiser.names(method.roles) if n in schedule.layers],
         "grid": None if last is None else last.layout.grid,
         "num_text": None if last is None else last.layout.num_text,
         "step": None if last is None else last.ctx.step,
@@ -128,6 +138,7 @@ def enable(
     method: str | Sequence[tuple[str, Mapping[str, Any]]],
     *,
     grid: Sequence[int] | None = None,
+    guidance: bool | None = None,
     **options: Any,
 ) -> Handle:
     """Switch attention methods on in a diffusers pipeline or model; returns the handle that switches them off.
@@ -135,9 +146,11 @@ def enable(
     pipe_or_model: a pipeline (all its denoisers of known families), a transformer or UNet, or torch.compile of one.
     method: a name ("gna") with its arguments as `options`, or a list of (name, options).
     grid: tokens per axis, where the model can't tell it from its arguments (Flux compiled as a whole).
+    guidance: whether one call's batch holds the unconditional and the conditional half; None: as the pipeline's
+    `do_classifier_free_guidance` says (a bare model and some pipelines don't).
 
     Options of every method, beside its own (see `GNA`):
-    layers: which self-attentions: names or patterns ("single*"), indices, slices; None for all.
+    layers: which of the modules that the method acts on: names or patterns ("single*"), indices, slices; None for all.
     steps: which denoising steps: a slice, a range or indices (negative from the end); None for all.
     heads: which heads, the others stay dense; None for all.
     branches: names that the pipeline gives its calls ("cond", "uncond"); None for all.
@@ -166,6 +179,10 @@ def enable(
         handle = Handle()
         if not isinstance(pipe_or_model, nn.Module):
             tracker.follow(pipe_or_model)
+        if any(made.moves_latents for _, _, _, built in plan for made, _ in built):
+            tracker.keep_latents_movable(True)
+        if guidance is not None:
+            tracker.guided = guidance
         for target, denoiser, size, built in plan:
             denoiser.tracker = tracker
             denoiser.grid = size or denoiser.grid
@@ -178,6 +195,12 @@ def enable(
                 denoiser.owners[made.name] = handle
                 handle._parts.append((target.name, denoiser, made, schedule))
     return handle
+
+
+def _follow_latents(denoiser: Denoiser) -> None:
+    """Take the wrapper off the scheduler once no method of this denoiser moves latents."""
+    if not any(method.moves_latents for method, _ in denoiser.methods):
+        denoiser.tracker.keep_latents_movable(False)
 
 
 def _pairs(methods: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -197,9 +220,12 @@ def _build(denoiser: Denoiser, name: str, options: dict[str, Any]) -> tuple[Meth
             f"method {name!r} is already on for this {type(denoiser.model).__name__} (pipelines made by from_pipe "
             "share their denoiser): disable its handle first"
         )
-    names = list(denoiser.hooks)
+    names = denoiser.names(METHODS[name].roles)
     if not names:
-        raise UnsupportedError(f"this {type(denoiser.model).__name__} has no self-attention that is known here")
+        kinds = " or ".join(sorted(METHODS[name].roles))
+        raise UnsupportedError(
+            f"method {name!r} acts on {kinds} layers, and this {type(denoiser.model).__name__} has none that is known"
+        )
     schedule = Schedule(
         choose_layers(options.pop("layers", None), names),
         choose_steps(options.pop("steps", None)),
@@ -207,6 +233,10 @@ def _build(denoiser: Denoiser, name: str, options: dict[str, Any]) -> tuple[Meth
         choose_heads(options.pop("heads", None)),
     )
     _check_options(name, options)
+    if schedule.heads is not None and not METHODS[name].overrides("attend"):
+        raise UnsupportedError(
+            f"method {name!r} acts on whole modules, so heads={list(schedule.heads)} means nothing to it"
+        )
     return METHODS[name](denoiser.family.rank, **options), schedule
 
 

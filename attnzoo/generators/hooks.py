@@ -1,8 +1,6 @@
-"""The room's hold on a denoiser: one root hook, and one hook with one chain per self-attention module.
+"""The room's hold on a denoiser: one root hook, and one hook with one chain per module that a method acts on.
 
-diffusers' own mechanism (hooks/layer_skip.py): a ModelHook enters a TorchFunctionMode that answers
-F.scaled_dot_product_attention around the unchanged processor. Nothing else of the model is touched, and `detach`
-takes away all that `attach` added.
+Nothing else of the model is touched, and `detach` takes away all that `attach` added.
 """
 
 from __future__ import annotations
@@ -10,35 +8,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
-from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from attnzoo.errors import SeamError, UnsupportedError
+from attnzoo.errors import UnsupportedError
 from attnzoo.generators.adapters import Family
-from attnzoo.generators.chain import Layer, Link, Method, run_chain
-from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.chain import SELF, Link, Method
+from attnzoo.generators.forward import Forward
+from attnzoo.generators.interception import ATTENTION_HOOK, AttentionHook, Frame, known_modules
+from attnzoo.generators.layout import StepContext
 from attnzoo.generators.schedule import Schedule, StepTracker
 
 ROOT_HOOK = "attnzoo_root"
-ATTENTION_HOOK = "attnzoo_attention"
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """What one forward's layers read. phase: per slot, whether that method acts in this forward."""
-
-    layout: TokenLayout
-    ctx: StepContext
-    phase: tuple[bool, ...]
 
 
 class _NoState(BaseState):
@@ -63,11 +48,17 @@ class Denoiser:
         self.last: Frame | None = None
         self.entered_outside = False
         self.lock = threading.RLock()
-        layers = self_attentions(model, family)
-        self.hooks = {
-            name: AttentionHook(self, name, index, role) for index, (name, (_, role)) in enumerate(layers.items())
-        }
-        self._modules = {name: module for name, (module, _) in layers.items()}
+        self._modules = {}
+        self.hooks: dict[str, AttentionHook] = {}  # the self-attentions'
+        self.others: dict[str, AttentionHook] = {}  # cross-attentions' and feed-forward layers'
+        kinds: dict[str, int] = {}
+        for name, (module, role) in known_modules(model, family).items():
+            kind = "self" if role in SELF else role
+            index = kinds[kind] = kinds.get(kind, -1) + 1
+            (self.hooks if kind == "self" else self.others)[name] = AttentionHook(self, name, index, role)
+            self._modules[name] = module
+        self._attached: set[str] = set()
+        self._around: tuple[int, ...] = ()  # slots of the methods around the whole forward, outermost first
         self._created: list[nn.Module] = []
         self._outer: dict[nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
@@ -76,9 +67,18 @@ class Denoiser:
     def attach(self) -> None:
         """Register the hooks on the model."""
         for name, hook in self.hooks.items():
-            self._register(self._modules[name], hook, ATTENTION_HOOK)
+            self._attach(name, hook)
         self._register(self.model, RootHook(self), ROOT_HOOK)
         HookRegistry.check_if_exists_or_initialize(self.model).invalidate_child_registries_cache()
+
+    def _attach(self, name: str, hook: AttentionHook) -> None:
+        self._register(self._modules[name], hook, ATTENTION_HOOK)
+        self._attached.add(name)
+
+    def names(self, roles: frozenset[str]) -> list[str]:
+        """Names of the modules of these roles, in the model's order."""
+        hooks = {**self.hooks, **self.others}
+        return [name for name in self._modules if hooks[name].role in roles]
 
     def wrap(self, wrapper: nn.Module) -> None:
         """Build the frames outside of `wrapper`, torch.compile's module around the model; once is enough.
@@ -96,7 +96,7 @@ class Denoiser:
                 self.enter(args, kwargs)
                 self.entered_outside = True
                 try:
-                    return inner(*args, **kwargs)
+                    return self.call(inner, args, kwargs)
                 finally:
                     self.entered_outside = False
                     self.leave()
@@ -111,8 +111,9 @@ class Denoiser:
                 wrapper.forward = inner
         self._outer.clear()
         self._unregister(self.model, ROOT_HOOK)
-        for module in self._modules.values():
-            self._unregister(module, ATTENTION_HOOK)
+        for name in self._attached:
+            self._unregister(self._modules[name], ATTENTION_HOOK)
+        self._attached.clear()
         registry = _registry(self.model)
         if registry is not None:
             registry.invalidate_child_registries_cache()
@@ -145,15 +146,29 @@ class Denoiser:
         self._relink()
 
     def remove(self, method: Method) -> None:
-        """Take `method` out of every chain."""
+        """Take `method` out of every chain, and free what it keeps."""
         self.methods = [(m, s) for m, s in self.methods if m is not method]
         self._relink()
+        method.forget()
 
     def _relink(self) -> None:
         order = sorted(range(len(self.methods)), key=lambda slot: self.methods[slot][0].stage)
-        for name, hook in self.hooks.items():
-            chain = [(slot, *self.methods[slot]) for slot in order]
-            hook.links = tuple(Link(m, slot, s.heads) for slot, m, s in chain if name in s.layers)
+        chain = [(slot, *self.methods[slot]) for slot in order]
+        for name, hook in {**self.hooks, **self.others}.items():
+            hook.links = tuple(
+                Link(m, slot, s.heads, branches=s.branches)
+                for slot, m, s in chain
+                if name in s.layers and hook.role in m.roles
+            )
+            if name in self.others and hook.links and name not in self._attached:
+                self._attach(name, hook)
+            elif name in self.others and not hook.links and name in self._attached:
+                self._unregister(self._modules[name], ATTENTION_HOOK)
+                self._attached.discard(name)
+        self._around = tuple(slot for slot in order if self.methods[slot][0].overrides("denoise"))
+        registry = _registry(self.model)
+        if registry is not None:
+            registry.invalidate_child_registries_cache()
 
     # ---------------------------------------------------------------- one forward
 
@@ -169,9 +184,33 @@ class Denoiser:
                 )
         else:
             self._check_company()
-            ctx = self.tracker.advance(given.get("timestep"), self.branches._context)
+            ctx = self.tracker.advance(given.get("timestep"), self.branches._context, self.family.parts)
+        self.frame = self.frame_for(given, ctx)
+
+    def frame_for(self, given: Mapping[str, Any], ctx: StepContext) -> Frame:
+        """The frame of a forward with these arguments."""
         layout = self.family.layout(given, self.grid)
-        self.frame = Frame(layout, ctx, tuple(s.active(ctx) for _, s in self.methods))
+        return Frame(layout, ctx, tuple(s.active(ctx) and m.phase(ctx) for m, s in self.methods))
+
+    def run(self, given: Mapping[str, Any], frame: Frame, stock: Callable[..., Any], after: int = -1) -> Any:
+        """A forward inside `frame`: the methods around it that stand behind place `after`, then the model."""
+        outer, self.frame = self.frame, frame
+        try:
+            for place in range(after + 1, len(self._around)):
+                slot = self._around[place]
+                if frame.phase[slot] is not False:
+                    forward = Forward(self, given, frame, stock).at(place)
+                    return self.methods[slot][0].denoise(forward, frame.layout, frame.ctx)
+            return stock(**given)
+        finally:
+            self.frame = outer
+
+    def call(self, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The forward whose frame `enter` made, with the methods around it."""
+        assert self.frame is not None
+        if not any(self.frame.phase[slot] is not False for slot in self._around):
+            return stock(*args, **kwargs)
+        return self.run(self.family.arguments(args, kwargs), self.frame, stock)
 
     def leave(self) -> None:
         """The forward is over, in whatever way."""
@@ -181,10 +220,11 @@ class Denoiser:
         """Refuse what would act on the same attentions without knowing of us."""
         if getattr(self.model, "_parallel_config", None) is not None:
             raise UnsupportedError("context parallelism shards text and image apart: not supported, disable it first")
-        for name, module in self._modules.items():
-            others = HookRegistry.check_if_exists_or_initialize(module).hooks if self.hooks[name].links else {}
-            for hook in others.values():
-                if isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores:
+        for name, hook in self.hooks.items():
+            module = self._modules[name]
+            others = HookRegistry.check_if_exists_or_initialize(module).hooks if hook.links else {}
+            for other in others.values():
+                if isinstance(other, AttentionProcessorSkipHook) and other.skip_attention_scores:
                     raise UnsupportedError(
                         f"{name}: a diffusers guider skips attention scores (PAG) on a layer that attnzoo also "
                         "intercepts; leave that layer out with layers="
@@ -215,131 +255,13 @@ class RootHook(ModelHook):
     def _framed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.denoiser.enter(args, kwargs)
         try:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return self.denoiser.call(self.fn_ref.original_forward, args, kwargs)
         finally:
             self.denoiser.leave()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """diffusers calls this between runs; runs are told apart by the scheduler, so nothing is to be done."""
         return module
-
-
-class AttentionHook(ModelHook):
-    """Around one self-attention module: its chain answers the module's scaled_dot_product_attention."""
-
-    fn_ref: Any
-
-    def __init__(self, denoiser: Denoiser, name: str, index: int, role: str) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.name = name
-        self.index = index
-        self.role = role
-        self.links: tuple[Link, ...] = ()
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward, intercepted where a method of its chain acts in this phase."""
-        if not self.links:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        frame = self.denoiser.frame
-        if frame is None:
-            raise SeamError(
-                f"{self.name} ran outside of its model's forward, so its token layout is unknown (gradient "
-                "checkpointing recomputes blocks so; it is not supported while a method is enabled)"
-            )
-        links = tuple(link for link in self.links if frame.phase[link.slot])
-        if not links:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        mode = Intercept(self, links, frame)
-        with mode:
-            output = self.fn_ref.original_forward(*args, **kwargs)
-        if not mode.taken:
-            raise SeamError(self._missed(module, mode.passed, frame.layout))
-        return output
-
-    def _missed(self, module: nn.Module, passed: list[tuple[int, int]], layout: TokenLayout) -> str:
-        processor = getattr(module, "processor", None)
-        backend = getattr(processor, "_attention_backend", None)
-        others = [n for n in HookRegistry.check_if_exists_or_initialize(module).hooks if n != ATTENTION_HOOK]
-        if others and not passed:
-            return (
-                f"{self.name}: no attention was computed; another hook ({', '.join(others)}) may have answered beneath "
-                "attnzoo's: enable attnzoo's method first, and the cache or skip after it"
-            )
-        if passed:
-            return (
-                f"{self.name}: no attention call has the layout's {layout.length} tokens (grid {layout.grid}, "
-                f"{layout.num_text} text); calls with (queries, keys) {passed} were left alone"
-            )
-        return (
-            f"{self.name}: {type(processor).__name__} never called F.scaled_dot_product_attention; its attention "
-            f"backend is {str(getattr(backend, 'value', backend) or 'the process-wide default')!r}: use 'native', "
-            "model.set_attention_backend('native')"
-        )
-
-
-class Intercept(TorchFunctionMode):
-    """Answers the self-attention call of one module; every other function and attention goes its way."""
-
-    def __init__(self, hook: AttentionHook, links: tuple[Link, ...], frame: Frame) -> None:
-        super().__init__()
-        self.hook = hook
-        self.links = links
-        self.frame = frame
-        self.taken = 0
-        self.passed: list[tuple[int, int]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self._attend(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        func: Callable[..., Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        def stock(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return func(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-        hook, num_queries, num_keys = self.hook, query.shape[-2], key.shape[-2]
-        layout = None
-        if num_queries == num_keys and query.ndim == 4:
-            layout = self.frame.layout.for_layer(hook.role, num_queries, hook.name)
-        if layout is None:  # cross-attention, an image prompt adapter, ...
-            self.passed.append((num_queries, num_keys))
-            return stock(query, key, value, attn_mask)
-        if is_causal:
-            raise UnsupportedError(f"{hook.name}: is_causal self-attention over a grid is not supported")
-        self.taken += 1
-        layer = Layer(hook.name, hook.index, scale, dropout_p)
-        order = layout.permutation
-        if order is None:
-            return run_chain(self.links, query, key, value, attn_mask, layout, self.frame.ctx, layer, stock)
-        if attn_mask is not None:
-            raise UnsupportedError(f"{hook.name}: a mask over a permuted sequence is not supported")
-        query, key, value = (t[:, :, order.argsort()] for t in (query, key, value))
-        return run_chain(self.links, query, key, value, None, layout, self.frame.ctx, layer, stock)[:, :, order]
-
-
-def self_attentions(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:
-    """The self-attention modules of `model` by name, each with its role."""
-    found: dict[str, tuple[nn.Module, str]] = {}
-    for name, module in model.named_modules():
-        if issubclass(type(module), (Attention, AttentionModuleMixin)):
-            role = None if getattr(module, "is_cross_attention", False) else family.role(name)
-            if role is not None:
-                found[name] = (module, role)
-    return found
 
 
 @contextmanager

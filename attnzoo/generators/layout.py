@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnzoo.errors import SeamError
+from attnzoo.errors import SeamError, UnsupportedError
 
 
 class TextGroup(NamedTuple):
@@ -35,6 +35,7 @@ class TokenLayout:
     references: token count of each reference image that follows the grid (Kontext, Qwen edit).
     padding: bool [B, num_text], True where a text token is real; None where the model masks none. text_groups: the
     same as indices; empty where all are real.
+    num_context: text tokens that cross-attention layers read (0 where text stands in the joint sequence).
     permutation: [length], the canonical token that each sequence position holds (context parallel); None: canonical.
     pyramid: a UNet, whose deeper levels halve the grid (rounding up).
     """
@@ -47,6 +48,7 @@ class TokenLayout:
     permutation: Tensor | None = None
     pyramid: bool = False
     text_groups: tuple[TextGroup, ...] = field(default=())
+    num_context: int = 0
 
     @property
     def num_grid(self) -> int:
@@ -87,12 +89,24 @@ class TokenLayout:
             groups.append(TextGroup(None if whole else torch.tensor(samples, device=padding.device), index))
         return replace(self, padding=padding, text_groups=tuple(groups))
 
-    def for_layer(self, role: str, num_tokens: int, layer: str) -> TokenLayout | None:
-        """The layout that a layer's self-attention of `num_tokens` tokens has; None where the call is not one.
+    def for_rows(self, rows: slice) -> TokenLayout:
+        """The layout of some samples of the batch."""
+        if self.padding is None:
+            return self
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("branches= of one padded batch can't be told apart inside a compiled whole model")
+        return replace(self, padding=None, text_groups=()).with_padding(self.padding[rows])
 
-        role: "joint" (text, grid and references) or "image" (no text). Raises SeamError where a UNet level's tokens
-        are no halving of the grid.
+    def for_layer(self, role: str, num_tokens: int, layer: str, num_keys: int | None = None) -> TokenLayout | None:
+        """The layout that a layer's attention of `num_tokens` queries has; None where the call is not the layer's own.
+
+        role: "joint" (text, grid and references), "image" (no text), both with as many keys, or "cross" (the grid's
+        queries, the text's keys: a call with other keys is an image prompt's). num_keys: as many as queries where None.
+        Raises SeamError where a UNet level's tokens are no halving of the grid.
         """
+        num_keys = num_tokens if num_keys is None else num_keys
+        if num_keys != (self.num_context if role == "cross" else num_tokens):
+            return None
         if self.pyramid:
             grid = self.grid
             while math.prod(grid) > num_tokens:
@@ -114,6 +128,8 @@ class StepContext:
     `handle.new_run(total)`, a scheduler without step_index). timestep: as the model got it, None inside a compiled
     whole model. branch: the name that the pipeline gave its call ("cond", "uncond"), "all" where it gave none.
     run: counts the denoising runs since the method was enabled, from 0.
+    parts: the branches that the batch holds in equal parts, in their order ("uncond", "cond"), where the pipeline (or
+    `enable(guidance=)`) says so; else the one branch of the call.
     """
 
     step: int | None = None
@@ -121,3 +137,4 @@ class StepContext:
     timestep: Tensor | float | None = None
     branch: str = "all"
     run: int = 0
+    parts: tuple[str, ...] = ("all",)

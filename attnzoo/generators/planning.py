@@ -9,7 +9,7 @@ from torch import nn
 
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.handles import METHODS, find_targets
-from attnzoo.generators.hooks import self_attentions
+from attnzoo.generators.interception import self_attentions
 from attnzoo.generators.layout import TokenLayout
 from attnzoo.generators.schedule import choose_layers
 

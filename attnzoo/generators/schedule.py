@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attnzoo.errors import UnsupportedError
+from attnzoo.generators.latents import LatentShift
 from attnzoo.generators.layout import StepContext
 
 _WHOLE = ("all", "cond_uncond")  # calls that hold every branch; the second is diffusers' own name for one
@@ -28,11 +29,14 @@ class Schedule:
     def active(self, ctx: StepContext) -> bool:
         """Whether the method acts in a forward at `ctx`. Raises UnsupportedError where `ctx` can't tell."""
         if self.branches is not None:
-            if ctx.branch in _WHOLE and ctx.branch not in self.branches and not self.branches >= {"cond", "uncond"}:
+            if len(ctx.parts) > 1:
+                if not self.branches.intersection(ctx.parts):
+                    return False
+            elif ctx.branch in _WHOLE and ctx.branch not in self.branches and not self.branches >= {"cond", "uncond"}:
                 raise UnsupportedError(
                     f"branches={sorted(self.branches)}: this call carries no single branch's name (its pipeline runs "
-                    "all branches in one batch, or the model runs bare): use model.cache_context(name), or "
-                    "branches=None"
+                    "all branches in one batch, or the model runs bare): use model.cache_context(name), tell "
+                    "enable(guidance=True) that a batch holds both, or leave branches=None"
                 )
             if ctx.branch not in _WHOLE and ctx.branch not in self.branches:
                 return False
@@ -135,6 +139,9 @@ class StepTracker:
         self._step = -1
         self._timestep: float | None = None
         self._run = -1
+        self._shift: LatentShift | None = None
+        self._moved_at: Any = None  # timestep of the forward that may move latents
+        self.guided: bool | None = None  # whether a batch holds both branches; None: as the pipeline says
         if pipeline is not None:
             self.follow(pipeline)
 
@@ -147,10 +154,36 @@ class StepTracker:
         self._declared, self._step, self._timestep = total, -1, None
         self._run += 1
 
-    def advance(self, timestep: Any, context: Any) -> StepContext:
-        """The context of a forward with `timestep`. context: diffusers' CacheContext, or None."""
+    def keep_latents_movable(self, wanted: bool) -> None:
+        """From now on `move_latents` works, or (False) the scheduler is as it was."""
+        if wanted and self._shift is None:
+            shift = LatentShift()
+            if (scheduler := self._current_scheduler()) is None:
+                raise UnsupportedError(
+                    "this method moves the pipeline's latents through its scheduler: enable it on a pipeline"
+                )
+            shift.follow(scheduler)
+            self._shift = shift
+        elif not wanted and self._shift is not None:
+            self._shift.release()
+            self._shift = None
+
+    def move_latents(self, shift: torch.Tensor) -> None:
+        """See `Forward.move_latents`."""
+        if self._shift is None:
+            raise UnsupportedError("no method that moves latents is enabled on this pipeline")
+        self._shift.add(shift, self._moved_at)
+
+    def advance(self, timestep: Any, context: Any, parts: tuple[str, ...] = ("uncond", "cond")) -> StepContext:
+        """The context of a forward with `timestep`. context: diffusers' CacheContext, or None.
+
+        parts: the branches of a batch that holds both.
+        """
         branch = "all" if context is None else context.name
         scheduler = self._current_scheduler()
+        if self._shift is not None:
+            self._shift.follow(scheduler)
+            self._moved_at = timestep
         if self._declared is not None:
             step: int | None = self._count(timestep)
             total: int | None = self._declared
@@ -158,7 +191,15 @@ class StepTracker:
             step, total = self._from_scheduler(scheduler)
         else:
             step = total = None
-        return StepContext(step, total, timestep, branch, max(self._run, 0))
+        inside = parts if branch in _WHOLE and self._guided() else (branch,)
+        return StepContext(step, total, timestep, branch, max(self._run, 0), inside)
+
+    def _guided(self) -> bool:
+        """Whether calls that name no branch hold both."""
+        if self.guided is not None:
+            return self.guided
+        pipeline = self._pipeline() if self._pipeline is not None else None
+        return bool(getattr(pipeline, "do_classifier_free_guidance", False))
 
     def _current_scheduler(self) -> Any:
         pipeline = self._pipeline() if self._pipeline is not None else None

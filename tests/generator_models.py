@@ -1,4 +1,4 @@
-"""Tiny models of the ten diffusers families, and what the generator room's tests do with them."""
+"""Tiny models of the diffusers families, and what the generator room's tests do with them."""
 
 from __future__ import annotations
 
@@ -255,8 +255,145 @@ def unet() -> Case:
     return Case(model, inputs, (14, 10), 0, (3, 3))
 
 
+def flux2(height: int = 6, width: int = 5, text: int = 7) -> Case:
+    model = diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    ids = torch.zeros(height, width, 4)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)
+    inputs = {
+        "hidden_states": torch.randn(2, height * width, 4),
+        "encoder_hidden_states": torch.randn(2, text, 32),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "guidance": torch.tensor([4.0, 4.0]),
+        "img_ids": ids.reshape(-1, 4),
+        "txt_ids": torch.zeros(text, 4),
+    }
+    return Case(model, inputs, (height, width), text, (3, 3))
+
+
+def hunyuan_video15() -> Case:
+    model = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(4, 4, 4),
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 3, 4, 4),
+        "encoder_hidden_states": torch.randn(2, 7, 16),
+        "encoder_attention_mask": (torch.arange(7) < torch.tensor([[5], [7]])).long(),
+        "encoder_hidden_states_2": torch.randn(2, 3, 8),
+        "encoder_attention_mask_2": (torch.arange(3) < torch.tensor([[2], [1]])).long(),
+        "image_embeds": torch.zeros(2, 2, 8),
+        "timestep": torch.tensor([5.0, 5.0]),
+    }
+    return Case(model, inputs, (3, 4, 4), 12, (2, 3, 3))
+
+
+def mochi() -> Case:
+    model = diffusers.MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=8,
+        max_sequence_length=6,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 3, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 6, 16),
+        "encoder_attention_mask": torch.arange(6) < torch.tensor([[6], [4]]),
+        "timestep": torch.tensor([5, 5]),
+    }
+    return Case(model, inputs, (3, 4, 4), 6, (2, 3, 3))
+
+
+def cosmos() -> Case:
+    model = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        patch_size=(1, 2, 2),
+        rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=True,
+        extra_pos_embed_type="learnable",
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 3, 8, 12),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "fps": 16,
+        "padding_mask": torch.zeros(1, 1, 64, 96),
+    }
+    return Case(model, inputs, (3, 4, 6), 0, (2, 3, 3))
+
+
+def z_image() -> Case:
+    model = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 8],
+        axes_lens=[128, 32, 32],
+    )
+    inputs = {
+        "x": [torch.randn(4, 1, 12, 10), torch.randn(4, 1, 12, 10)],
+        "t": torch.tensor([0.5, 0.5]),
+        "cap_feats": [torch.randn(5, 16), torch.randn(40, 16)],
+    }
+    return Case(model, inputs, (6, 5), 64, (3, 3))
+
+
 FAMILIES: dict[str, Callable[[], Case]] = {
-    make.__name__: make for make in (flux, sd3, wan, hunyuan_video, cogvideox, ltx, qwen_image, pixart, dit, unet)
+    make.__name__: make
+    for make in (
+        flux,
+        sd3,
+        wan,
+        hunyuan_video,
+        cogvideox,
+        ltx,
+        qwen_image,
+        pixart,
+        dit,
+        unet,
+        flux2,
+        hunyuan_video15,
+        mochi,
+        cosmos,
+        z_image,
+    )
 }
 
 
@@ -273,16 +410,20 @@ def build(name: str) -> Case:
 
 def as_double(case: Case) -> Case:
     """The same in float64."""
-    inputs = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in case.inputs.items()
-    }
+
+    def double(value: Any) -> Any:
+        if isinstance(value, list):
+            return [double(v) for v in value]
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    inputs = {name: double(value) for name, value in case.inputs.items()}
     return case._replace(model=case.model.double(), inputs=inputs)
 
 
 def run(case: Case, **changes: Any) -> Tensor:
     with torch.no_grad():
-        return case.model(**{**case.inputs, **changes}, return_dict=False)[0]
+        out = case.model(**{**case.inputs, **changes}, return_dict=False)[0]
+    return torch.stack(out) if isinstance(out, list) else out
 
 
 def is_clean(model: nn.Module) -> bool:

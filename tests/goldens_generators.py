@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attnzoo.backbones.blocks.mixture_of_heads import MoHAttention
 from attnzoo.generators import window_mask
 from attnzoo.kernels import edited_attention, neighborhood_attention
 from attnzoo.kernels.edited_attention import Visibility
@@ -13,7 +14,15 @@ from attnzoo.kernels.edited_attention import Visibility
 
 def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
     """See tests/goldens.py."""
-    return {"gna": _gna}[meta["system"]](meta, tensors, backend or "auto")
+    return {"gna": _gna, "moh_dit": _moh_dit}[meta["system"]](meta, tensors, backend or "auto")
+
+
+def _moh_dit(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    config, x = meta["config"], tensors["in.x"]
+    sizes = {name: config[name] for name in ("dim", "num_heads", "shared_head", "routed_head", "head_dim", "qk_norm")}
+    layer = MoHAttention(**sizes, qkv_bias="w.qkv.bias" in tensors).to(x.dtype)
+    layer.load_state_dict({n.removeprefix("w."): t for n, t in tensors.items() if n.startswith("w.")}, strict=True)
+    return {"out.out": layer(x), "out.load_balance_loss": layer.balance_loss(x)}
 
 
 def _gna(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
+import diffusers
 from generator_models import build, is_clean, run
 
 from attnzoo import generators
@@ -91,6 +92,41 @@ def test_bad_targets_and_methods_are_named() -> None:
             handle.new_run(total)
     handle.disable()
     assert is_clean(case.model)
+
+
+def test_linear_attention_is_refused_with_the_reason() -> None:
+    sana = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
+        sample_size=8, patch_size=1,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="linear"):
+        generators.enable(sana, "gna", kernel_size=3)
+    assert is_clean(sana)
+
+
+def test_token_orders_that_are_not_known_are_refused() -> None:
+    z_image, flux2 = build("z_image"), build("flux2")
+    with generators.enable(z_image.model, "gna", kernel_size=3):
+        with pytest.raises(UnsupportedError, match="omni"):
+            z_image.model(**{**z_image.inputs, "x": [z_image.inputs["x"]]})
+        uneven = [z_image.inputs["x"][0], z_image.inputs["x"][1][..., :8]]
+        with pytest.raises(UnsupportedError, match="one size"):
+            z_image.model(**{**z_image.inputs, "x": uneven})
+    with generators.enable(flux2.model, "gna", kernel_size=3), pytest.raises(UnsupportedError, match="kv_cache"):
+        flux2.model(**flux2.inputs, num_ref_tokens=3)
+
+
+def test_references_of_flux2_follow_the_image() -> None:
+    case = build("flux2")
+    ids, states = case.inputs["img_ids"], case.inputs["hidden_states"]
+    reference = ids[:12].clone()
+    reference[:, 0] = 10
+    changes = {"img_ids": torch.cat([ids, reference]), "hidden_states": torch.cat([states, states[:, :12]], 1)}
+    dense = run(case, **changes)
+    with generators.enable(case.model, "gna", kernel_size=case.grid) as handle:
+        assert torch.equal(run(case, **changes), dense)
+        assert handle.report()["denoisers"][0]["grid"] == case.grid
 
 
 def test_bad_inputs_of_a_forward_are_named() -> None:

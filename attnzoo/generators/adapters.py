@@ -28,6 +28,7 @@ class Family(ABC):
 
     attention, cross, mlp: the last part of the names of self-attentions, of the cross-attentions that read the text
     ("" where there are none), and of the feed-forward layers. parts: the branches of a batch that holds both.
+    masks: how padding text is kept out, see `TokenLayout`.
     """
 
     rank = 2
@@ -37,6 +38,7 @@ class Family(ABC):
     cross = ""
     mlp: tuple[str, ...] = ("ff",)
     parts: tuple[str, ...] = ("uncond", "cond")
+    masks: str = "keys"
 
     def __init__(self, model: nn.Module) -> None:
         self.config: Any = getattr(model, "config", None)
@@ -73,20 +75,42 @@ class Family(ABC):
 
     def references(self, given: Arguments, grid: tuple[int, ...]) -> tuple[int, ...]:
         """Token counts of the reference images that follow the grid."""
+        return self.filling(grid)
+
+    def filling(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """Token counts that follow any grid of that size, beside reference images."""
         return ()
 
     def padding(self, given: Arguments) -> Tensor | None:
         """bool [B, num_text], True where a text token is real; None where the model masks none."""
         return None
 
+    def num_text(self, given: Arguments) -> int:
+        """Text tokens in the joint sequence."""
+        return int(given["encoder_hidden_states"].shape[1])
+
+    def num_context(self, given: Arguments) -> int:
+        """Text tokens that cross-attention layers read."""
+        text = given.get("encoder_hidden_states")
+        return int(text.shape[1]) if isinstance(text, Tensor) else 0
+
+    def timestep(self, given: Arguments) -> Any:
+        """The timestep among the arguments."""
+        return given.get("timestep")
+
     def layout(self, given: Arguments, grid: tuple[int, ...] | None = None) -> TokenLayout:
         """The layout of one forward. grid: the caller's own; read from the arguments where None."""
         grid = grid or self.grid(given)
-        text = given.get("encoder_hidden_states")
-        num_text = 0 if self.text == "none" else int(given["encoder_hidden_states"].shape[1])
-        context = int(text.shape[1]) if self.cross and isinstance(text, Tensor) else 0
-        references = self.references(given, grid)
-        layout = TokenLayout(grid, num_text, self.text, references, pyramid=self.pyramid, num_context=context)
+        num_text = 0 if self.text == "none" else self.num_text(given)
+        layout = TokenLayout(
+            grid,
+            num_text,
+            self.text,
+            self.references(given, grid),
+            pyramid=self.pyramid,
+            num_context=self.num_context(given) if self.cross else 0,
+            masks=self.masks,
+        )
         padding = self.padding(given) if num_text else None
         if padding is not None and torch.compiler.is_compiling():
             raise UnsupportedError(f"the text padding's values can't be read inside a compiled whole model: {_OUTSIDE}")
@@ -172,10 +196,10 @@ class Flux(Family):
         if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version is not None:
             return self._seen[2]
         rows = (ids[0] if ids.ndim == 3 else ids).cpu().long()
-        own = rows[rows[:, 0] == 0, 1:]
+        own = rows[rows[:, 0] == 0, 1:3]
         height, width = (own.amax(0) + 1).tolist() if len(own) else (0, 0)
         expected = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        if not len(own) or len(own) != len(expected) or not torch.equal(rows[: len(own), 1:], expected):
+        if not len(own) or len(own) != len(expected) or not torch.equal(rows[: len(own), 1:3], expected):
             raise UnsupportedError(
                 f"img_ids of {len(rows)} tokens is no {height} x {width} grid, row by row, followed by references: "
                 "the token order of this Flux variant is not known here"
@@ -191,6 +215,74 @@ class Flux(Family):
 
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         return height // 2, width // 2
+
+
+class Flux2(Flux):
+    """Flux 2: [text, image, references]; positions (t, y, x, l) in img_ids, whose t is 0 on the image itself."""
+
+    def layout(self, given: Arguments, grid: tuple[int, ...] | None = None) -> TokenLayout:
+        if given.get("kv_cache") is not None or given.get("num_ref_tokens"):
+            raise UnsupportedError(
+                "Flux 2 with a cache of its references' keys and values has its reference tokens in another place, or "
+                "not in the sequence at all: run it without kv_cache and num_ref_tokens"
+            )
+        return super().layout(given, grid)
+
+
+class ZImage(Family):
+    """Z-Image: [image, text], each filled up to a multiple of 32 tokens; lists of samples as arguments.
+
+    The tokens that fill up the image are attended like any other: they count as a reference that follows the grid. The
+    noise refiner sees the image alone. Its pipeline puts the conditional half first.
+    """
+
+    text = "last"
+    attention = "attention"
+    mlp = ("feed_forward",)
+    parts = ("cond", "uncond")
+    _MULTIPLE = 32  # diffusers' SEQ_MULTI_OF
+
+    def role(self, name: str) -> str | None:
+        stage = name.split(".")[0]
+        if stage in ("context_refiner", "siglip_refiner"):
+            return None  # they see text, or the encoder's image, only
+        role = super().role(name)
+        return "image" if stage == "noise_refiner" and role == "joint" else role
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        images = given["x"]
+        if isinstance(images[0], list):
+            raise UnsupportedError("Z-Image with several images a sample (omni) has a token order not known here")
+        shapes = {tuple(image.shape[1:]) for image in images}
+        if len(shapes) > 1:
+            raise UnsupportedError(f"the images of one batch must be of one size, got {sorted(shapes)}")
+        frames, height, width = shapes.pop()
+        patch, frame_patch = given.get("patch_size") or 2, given.get("f_patch_size") or 1
+        if frames != frame_patch:
+            raise UnsupportedError(f"Z-Image has one frame here, got {frames}")
+        return height // patch, width // patch
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        return height // 2, width // 2
+
+    def _filled(self, tokens: int) -> int:
+        return tokens + -tokens % self._MULTIPLE
+
+    def filling(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        filling = -(grid[0] * grid[1]) % self._MULTIPLE
+        return (filling,) if filling else ()
+
+    def num_text(self, given: Arguments) -> int:
+        return max(self._filled(len(text)) for text in given["cap_feats"])
+
+    def padding(self, given: Arguments) -> Tensor | None:
+        lengths = [self._filled(len(text)) for text in given["cap_feats"]]
+        if len(set(lengths)) == 1:
+            return None
+        return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+    def timestep(self, given: Arguments) -> Any:
+        return given.get("t")
 
 
 class QwenImage(Family):
@@ -223,19 +315,28 @@ class QwenImage(Family):
         return frames, height // 2, width // 2
 
 
-class HunyuanVideo(Family):
-    """HunyuanVideo: [video, text]; as many text tokens as the mask counts are real, the first ones."""
+class _Volume(Family):
+    """Latents [B, C, frames, H, W]."""
 
     rank = 3
+
+    def grid(self, given: Arguments) -> tuple[int, ...]:
+        return self.latent_grid(*given["hidden_states"].shape[-3:])
+
+
+def _patched(sizes: tuple[int, ...], patches: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n // patch for n, patch in zip(sizes, patches))
+
+
+class HunyuanVideo(_Volume):
+    """HunyuanVideo: [video, text]; as many text tokens as the mask counts are real, the first ones."""
+
     text = "last"
     attention = "attn"
     mlp = ("ff", "ff_context")
 
     def role(self, name: str) -> str | None:
         return None if name.startswith("context_embedder.") else super().role(name)  # the refiner sees text only
-
-    def grid(self, given: Arguments) -> tuple[int, ...]:
-        return self.latent_grid(*given["hidden_states"].shape[-3:])
 
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         patch = self.config.patch_size
@@ -244,6 +345,52 @@ class HunyuanVideo(Family):
     def padding(self, given: Arguments) -> Tensor | None:
         mask = given["encoder_attention_mask"]
         return torch.arange(mask.shape[1], device=mask.device) < mask.sum(dim=1, keepdim=True)
+
+
+class HunyuanVideo15(HunyuanVideo):
+    """HunyuanVideo 1.5: [video, text]; the text is image, glyph and prompt tokens, real ones of all three first."""
+
+    masks = "pairs"
+
+    def num_text(self, given: Arguments) -> int:
+        names = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+        return sum(int(given[name].shape[1]) for name in names)
+
+    def padding(self, given: Arguments) -> Tensor | None:
+        prompt, glyphs = given["encoder_attention_mask"].bool(), given["encoder_attention_mask_2"].bool()
+        image = given["image_embeds"]
+        real = prompt.sum(1) + glyphs.sum(1)
+        if bool((image != 0).any()):
+            real = real + image.shape[1]
+        return torch.arange(self.num_text(given), device=real.device) < real[:, None]
+
+
+class Mochi(_Volume):
+    """Mochi: [video, text]; one attention call per sample, with its real text tokens only."""
+
+    text = "last"
+    mlp = ("ff", "ff_context")
+    masks = "compact"
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        patch = self.config.patch_size
+        return frames, height // patch, width // patch
+
+    def padding(self, given: Arguments) -> Tensor | None:
+        return given["encoder_attention_mask"].bool()
+
+
+class Cosmos(_Volume):
+    """Cosmos Predict 1, 2 and 2.5: video tokens; text (and 2.5's image) is read by attn2."""
+
+    cross = "attn2"
+
+    def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        return _patched((frames, height, width), self.config.patch_size)
+
+    def num_context(self, given: Arguments) -> int:
+        text = given["encoder_hidden_states"]
+        return int((text[0] if isinstance(text, tuple) else text).shape[1])
 
 
 class CogVideoX(Family):
@@ -261,18 +408,14 @@ class CogVideoX(Family):
         return frames // (self.config.patch_size_t or 1), height // patch, width // patch
 
 
-class Wan(Family):
+class Wan(_Volume):
     """Wan 2.1 and 2.2: video tokens; text (and the image of image-to-video) is read by attn2."""
 
-    rank = 3
     cross = "attn2"
     mlp = ("ffn",)
 
-    def grid(self, given: Arguments) -> tuple[int, ...]:
-        return self.latent_grid(*given["hidden_states"].shape[-3:])
-
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        return tuple(n // patch for n, patch in zip((frames, height, width), self.config.patch_size))
+        return _patched((frames, height, width), self.config.patch_size)
 
 
 class LTX(Family):
@@ -294,15 +437,27 @@ class LTX(Family):
 
 FAMILIES: dict[str, type[Family]] = {
     "CogVideoXTransformer3DModel": CogVideoX,
+    "CosmosTransformer3DModel": Cosmos,
     "DiTTransformer2DModel": DiT,
+    "Flux2Transformer2DModel": Flux2,
     "FluxTransformer2DModel": Flux,
+    "HunyuanVideo15Transformer3DModel": HunyuanVideo15,
     "HunyuanVideoTransformer3DModel": HunyuanVideo,
     "LTXVideoTransformer3DModel": LTX,
+    "MochiTransformer3DModel": Mochi,
     "PixArtTransformer2DModel": PixArt,
     "QwenImageTransformer2DModel": QwenImage,
     "SD3Transformer2DModel": SD3,
     "UNet2DConditionModel": UNet,
     "WanTransformer3DModel": Wan,
+    "ZImageTransformer2DModel": ZImage,
+}
+_LINEAR = "its self-attention is linear, without a softmax over keys, so there are no query-key pairs to edit or skip"
+#: Denoisers that are known and can't be served, and why.
+REFUSED: dict[str, str] = {
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaControlNetModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
 }
 
 

@@ -117,7 +117,7 @@ class GNA(Method):
                 f"{key.shape[-2]}: another method changed them"
             )
         start, stop = layout.grid_start, layout.grid_start + layout.num_grid
-        if mask is not None and (layout.padding is None or not _is_padding(mask)):
+        if mask is not None and (layout.padding is None or not (layout.masks == "pairs" or _is_padding(mask))):
             image = self._masked(query[:, :, start:stop], key, value, mask, layout, window, layer)
         else:
             image = self._windowed(query, key, value, layout, window, layer)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
-from attnzoo.generators.adapters import FAMILIES, Family, family_of
+from attnzoo.generators.adapters import FAMILIES, REFUSED, Family, family_of
 from attnzoo.generators.chain import Method
 from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
@@ -54,6 +54,9 @@ def find_targets(pipe_or_model: Any) -> list[Target]:
         if family is not None:
             targets.append(Target(name, model, None if original is None else candidate, family))
     if not targets:
+        refused = {base.__name__ for c in candidates.values() for base in type(c).__mro__ if base.__name__ in REFUSED}
+        if refused:
+            raise UnsupportedError("; ".join(f"{name}: {REFUSED[name]}" for name in sorted(refused)))
         got = ", ".join(sorted({type(c).__name__ for c in candidates.values()})) or "no model at all"
         raise UnsupportedError(f"no denoiser of a known family in {got}; known are {', '.join(sorted(FAMILIES))}")
     return targets

@@ -184,7 +184,7 @@ class Denoiser:
                 )
         else:
             self._check_company()
-            ctx = self.tracker.advance(given.get("timestep"), self.branches._context, self.family.parts)
+            ctx = self.tracker.advance(self.family.timestep(given), self.branches._context, self.family.parts)
         self.frame = self.frame_for(given, ctx)
 
     def frame_for(self, given: Mapping[str, Any], ctx: StepContext) -> Frame:

@@ -7,12 +7,10 @@ F.scaled_dot_product_attention around the unchanged processor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from diffusers.hooks.hooks import HookRegistry, ModelHook
-from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -153,18 +151,27 @@ class Intercept(TorchFunctionMode):
             return stock(query, key, value, attn_mask)
         if is_causal:
             raise UnsupportedError(f"{hook.name}: is_causal attention over a grid is not supported")
+        ctx = self.frame.ctx if layout.masks != "compact" else self._of_sample(query)
         self.taken += 1
         layer = Layer(hook.name, hook.index, scale, dropout_p, hook.role)
         order = layout.permutation
         if order is None:
-            return run_chain(self.links, query, key, value, attn_mask, layout, self.frame.ctx, layer, stock)
+            return run_chain(self.links, query, key, value, attn_mask, layout, ctx, layer, stock)
         if attn_mask is not None:
             raise UnsupportedError(f"{hook.name}: a mask over a permuted sequence is not supported")
         back = order.argsort()
         query = query[:, :, back]
         if hook.role in SELF:
             key, value = key[:, :, back], value[:, :, back]
-        return run_chain(self.links, query, key, value, None, layout, self.frame.ctx, layer, stock)[:, :, order]
+        return run_chain(self.links, query, key, value, None, layout, ctx, layer, stock)[:, :, order]
+
+    def _of_sample(self, query: Tensor) -> StepContext:
+        """The context of one sample's call, where a layer calls attention once per sample, in their order."""
+        ctx, padding = self.frame.ctx, self.frame.layout.padding
+        if len(ctx.parts) == 1 or padding is None or len(query) != 1:
+            return ctx
+        part = ctx.parts[self.taken * len(ctx.parts) // len(padding)]
+        return replace(ctx, branch=part, parts=(part,))
 
 
 def known_modules(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:
@@ -174,7 +181,7 @@ def known_modules(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module
         role = family.role(name)
         if role is None:
             continue
-        if role in MLP or issubclass(type(module), (Attention, AttentionModuleMixin)):
+        if role in MLP or hasattr(module, "processor"):
             if role in SELF and getattr(module, "is_cross_attention", False):
                 continue
             found[name] = (module, role)

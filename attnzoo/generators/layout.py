@@ -36,6 +36,8 @@ class TokenLayout:
     padding: bool [B, num_text], True where a text token is real; None where the model masks none. text_groups: the
     same as indices; empty where all are real.
     num_context: text tokens that cross-attention layers read (0 where text stands in the joint sequence).
+    masks: how the model keeps padding text out of attention: "keys" (a mask over the keys), "pairs" (over queries and
+    keys, so that a padding token sees nothing), "compact" (one call per sample that holds its real text tokens only).
     permutation: [length], the canonical token that each sequence position holds (context parallel); None: canonical.
     pyramid: a UNet, whose deeper levels halve the grid (rounding up).
     """
@@ -49,6 +51,7 @@ class TokenLayout:
     pyramid: bool = False
     text_groups: tuple[TextGroup, ...] = field(default=())
     num_context: int = 0
+    masks: str = "keys"
 
     @property
     def num_grid(self) -> int:
@@ -117,6 +120,9 @@ class TokenLayout:
         if role == "image" and self.num_text:
             bare = replace(self, num_text=0, text="none", padding=None, text_groups=())
             return bare if num_tokens == bare.length else None
+        if self.masks == "compact" and self.num_image <= num_tokens <= self.length:
+            real = num_tokens - self.num_image
+            return replace(self, num_text=real, padding=None, text_groups=(), text=self.text if real else "none")
         return self if num_tokens == self.length else None
 
 

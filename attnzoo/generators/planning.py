@@ -61,7 +61,8 @@ def plan(
     for name, (module, role) in modules.items():
         own = family.grid_at(name, shape)
         joint = role == "joint"
-        layout = TokenLayout(own, num_text if joint else 0, family.text if joint else "none")
+        text = (num_text, family.text) if joint else (0, "none")
+        layout = TokenLayout(own, *text, family.filling(own))
         share = made.density(layout) if name in chosen else 1.0
         flops = 4.0 * layout.length**2 * _width(module)
         dense, computed = dense + flops, computed + share * flops

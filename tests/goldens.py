@@ -39,7 +39,7 @@ _MODULES = {
         "msa_conv",
     ),
     "goldens_restoration": ("hat", "a2n"),
-    "goldens_generators": ("gna", "moh_dit"),
+    "goldens_generators": ("gna", "moh_dit", "stya2k"),
     "goldens_vlm": ("var", "pai"),
 }
 # Variants (file stems without number) that are not run in float64, and why.

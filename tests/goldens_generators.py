@@ -8,13 +8,14 @@ from torch import Tensor
 
 from attnzoo.backbones.blocks.mixture_of_heads import MoHAttention
 from attnzoo.generators import window_mask
+from attnzoo.generators.stya2k import AllToKeyAttention, StyleTransform
 from attnzoo.kernels import edited_attention, neighborhood_attention
 from attnzoo.kernels.edited_attention import Visibility
 
 
 def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
     """See tests/goldens.py."""
-    return {"gna": _gna, "moh_dit": _moh_dit}[meta["system"]](meta, tensors, backend or "auto")
+    return {"gna": _gna, "moh_dit": _moh_dit, "stya2k": _stya2k}[meta["system"]](meta, tensors, backend or "auto")
 
 
 def _moh_dit(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
@@ -23,6 +24,28 @@ def _moh_dit(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> 
     layer = MoHAttention(**sizes, qkv_bias="w.qkv.bias" in tensors).to(x.dtype)
     layer.load_state_dict({n.removeprefix("w."): t for n, t in tensors.items() if n.startswith("w.")}, strict=True)
     return {"out.out": layer(x), "out.load_balance_loss": layer.balance_loss(x)}
+
+
+def _stya2k(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    config = meta["config"]
+    state = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
+    if meta["variant"] == "transform":
+        whole = StyleTransform(config["in_planes"])
+        names = ("content4", "style4", "content5", "style5")
+    else:
+        whole = AllToKeyAttention(config["in_planes"], config["region"], config["head"])
+        names = ("content", "style")
+    whole.to(tensors[names[0]].dtype).load_state_dict(state, strict=True)
+    inputs = [tensors[name] for name in names]
+    got: dict[str, Any] = {}
+    if meta["variant"] == "transform":
+        for level in ("4", "5"):
+            layer = getattr(whole, f"attn_adain_{level}_1")
+            layer.register_forward_hook(lambda _m, _i, out, level=level: got.update({f"inter.feats{level}": out}))
+    else:
+        for name, layer in (("distributed", whole.fusion1), ("progressive", whole.fusion2)):
+            layer.register_forward_pre_hook(lambda _m, given, name=name: got.update({f"inter.{name}": given[0]}))
+    return {**got, "output": whole(*inputs)}
 
 
 def _gna(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:

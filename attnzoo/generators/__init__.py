@@ -8,10 +8,13 @@ from attnzoo.generators.generation import generate, load_pipeline
 from attnzoo.generators.handles import METHODS, Handle, enable
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.planning import plan
+from attnzoo.generators.stya2k import AllToKeyAttention, StyleTransform
 from attnzoo.generators.window import density, window_mask
 
 __all__ = [
     "FAMILIES",
+    "AllToKeyAttention",
+    "StyleTransform",
     "METHODS",
     "Handle",
     "StepContext",

@@ -7,6 +7,7 @@ from attnzoo.generators.adapters import FAMILIES
 from attnzoo.generators.generation import generate, load_pipeline
 from attnzoo.generators.handles import METHODS, Handle, enable
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.ms_diffusion import GroundingResampler
 from attnzoo.generators.planning import plan
 from attnzoo.generators.stya2k import AllToKeyAttention, StyleTransform
 from attnzoo.generators.window import density, window_mask
@@ -14,6 +15,7 @@ from attnzoo.generators.window import density, window_mask
 __all__ = [
     "FAMILIES",
     "AllToKeyAttention",
+    "GroundingResampler",
     "StyleTransform",
     "METHODS",
     "Handle",

@@ -15,6 +15,7 @@ from attnzoo.generators.adapters import FAMILIES, REFUSED, Family, family_of
 from attnzoo.generators.chain import Method
 from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
+from attnzoo.generators.ms_diffusion import MSDiffusion
 from attnzoo.generators.schedule import (
     Schedule,
     StepTracker,
@@ -24,7 +25,7 @@ from attnzoo.generators.schedule import (
     choose_steps,
 )
 
-METHODS: dict[str, type[Method]] = {"gna": GNA}
+METHODS: dict[str, type[Method]] = {"gna": GNA, "ms_diffusion": MSDiffusion}
 
 _switching = threading.RLock()
 

@@ -6,7 +6,8 @@ F.scaled_dot_product_attention around the unchanged processor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnzoo.errors import SeamError, UnsupportedError
 from attnzoo.generators.adapters import Family
-from attnzoo.generators.chain import MLP, SELF, Layer, Link, run_around, run_chain
+from attnzoo.generators.chain import MLP, SELF, Layer, Link, Method, run_around, run_chain
 from attnzoo.generators.layout import StepContext, TokenLayout
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class AttentionHook(ModelHook):
 
     fn_ref: Any
 
-    def __init__(self, denoiser: Denoiser, name: str, index: int, role: str) -> None:
+    def __init__(self, denoiser: Denoiser | None, name: str, index: int, role: str) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.name = name
@@ -54,7 +55,7 @@ class AttentionHook(ModelHook):
         """The module's forward, intercepted where a method of its chain acts in this phase."""
         if not self.links:
             return self.fn_ref.original_forward(*args, **kwargs)
-        frame = self.denoiser.frame
+        frame = None if self.denoiser is None else self.denoiser.frame
         if frame is None:
             raise SeamError(
                 f"{self.name} ran outside of its model's forward, so its token layout is unknown (gradient "
@@ -172,6 +173,23 @@ class Intercept(TorchFunctionMode):
             return ctx
         part = ctx.parts[self.taken * len(ctx.parts) // len(padding)]
         return replace(ctx, branch=part, parts=(part,))
+
+
+@contextmanager
+def alone(
+    module: nn.Module, method: Method, layout: TokenLayout, ctx: StepContext | None = None, role: str = "joint"
+) -> Iterator[None]:
+    """Within the block `method` answers the attention of the one `module`, which needs no denoiser around it.
+
+    For a layer by itself, in a test or in a processor. role, layout: of its calls, see `Family.role`. Raises SeamError
+    at the end of the block where no call was answered.
+    """
+    hook = AttentionHook(None, "layer", 0, role)
+    mode = Intercept(hook, (Link(method, 0),), Frame(layout, ctx or StepContext(), (True,)))
+    with mode:
+        yield
+    if not mode.taken:
+        raise SeamError(hook._missed(module, mode.passed, layout))
 
 
 def known_modules(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:

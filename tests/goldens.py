@@ -41,6 +41,7 @@ _MODULES = {
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna", "moh_dit", "stya2k"),
     "goldens_layout": ("ms_diffusion",),
+    "goldens_sharing": ("pag",),
     "goldens_vlm": ("var", "pai"),
 }
 # Variants (file stems without number) that are not run in float64, and why.

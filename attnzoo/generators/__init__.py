@@ -6,6 +6,7 @@ The only room that imports diffusers. See docs/generators.md.
 from attnzoo.generators.adapters import FAMILIES
 from attnzoo.generators.generation import generate, load_pipeline
 from attnzoo.generators.handles import METHODS, Handle, enable
+from attnzoo.generators.head_hunter import Hunt, head_hunter
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.ms_diffusion import GroundingResampler
 from attnzoo.generators.planning import plan
@@ -19,11 +20,13 @@ __all__ = [
     "StyleTransform",
     "METHODS",
     "Handle",
+    "Hunt",
     "StepContext",
     "TokenLayout",
     "density",
     "enable",
     "generate",
+    "head_hunter",
     "load_pipeline",
     "plan",
     "window_mask",

@@ -28,7 +28,8 @@ class Family(ABC):
 
     attention, cross, mlp: the last part of the names of self-attentions, of the cross-attentions that read the text
     ("" where there are none), and of the feed-forward layers. parts: the branches of a batch that holds both.
-    masks: how padding text is kept out, see `TokenLayout`.
+    masks: how padding text is kept out, see `TokenLayout`. positions: arguments that all samples of a batch share;
+    per_sample: lists with an entry per sample.
     """
 
     rank = 2
@@ -39,6 +40,8 @@ class Family(ABC):
     mlp: tuple[str, ...] = ("ff",)
     parts: tuple[str, ...] = ("uncond", "cond")
     masks: str = "keys"
+    positions: tuple[str, ...] = ("img_ids", "txt_ids", "image_rotary_emb", "padding_mask")
+    per_sample: tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.config: Any = getattr(model, "config", None)
@@ -97,6 +100,10 @@ class Family(ABC):
     def timestep(self, given: Arguments) -> Any:
         """The timestep among the arguments."""
         return given.get("timestep")
+
+    def noise_level(self, given: Arguments) -> Any:
+        """The timestep on the scale of the training schedule: 1000 is noise, 0 the picture."""
+        return self.timestep(given)
 
     def layout(self, given: Arguments, grid: tuple[int, ...] | None = None) -> TokenLayout:
         """The layout of one forward. grid: the caller's own; read from the arguments where None."""
@@ -207,6 +214,9 @@ class Flux(Family):
         self._seen = (weakref.ref(ids), version, (height, width))
         return height, width
 
+    def noise_level(self, given: Arguments) -> Any:
+        return given["timestep"] * 1000
+
     def references(self, given: Arguments, grid: tuple[int, ...]) -> tuple[int, ...]:
         rest = given["hidden_states"].shape[1] - grid[0] * grid[1]
         if rest < 0:
@@ -240,6 +250,7 @@ class ZImage(Family):
     attention = "attention"
     mlp = ("feed_forward",)
     parts = ("cond", "uncond")
+    per_sample = ("x", "cap_feats")
     _MULTIPLE = 32  # diffusers' SEQ_MULTI_OF
 
     def role(self, name: str) -> str | None:
@@ -284,6 +295,9 @@ class ZImage(Family):
     def timestep(self, given: Arguments) -> Any:
         return given.get("t")
 
+    def noise_level(self, given: Arguments) -> Any:
+        return (1 - given["t"]) * 1000
+
 
 class QwenImage(Family):
     """Qwen-Image and its edit models: [text, image, references]; grids in img_shapes, text padding masked."""
@@ -292,6 +306,10 @@ class QwenImage(Family):
     text = "first"
     attention = "attn"
     mlp = ("img_mlp", "txt_mlp")
+    per_sample = ("img_shapes", "txt_seq_lens")
+
+    def noise_level(self, given: Arguments) -> Any:
+        return given["timestep"] * 1000
 
     @staticmethod
     def _shapes(given: Arguments) -> list[tuple[int, ...]]:

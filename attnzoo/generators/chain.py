@@ -7,7 +7,7 @@ and around the denoiser's forward (`denoise`); it overrides what it needs, and c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -119,6 +119,14 @@ class Method(ABC):
 
     def forget(self) -> None:  # noqa: B027  most methods keep nothing
         """Free what the method keeps between calls; called when it is disabled."""
+
+    @classmethod
+    def defaults(cls, family: str) -> dict[str, Any]:
+        """Options that `enable` fills in where the caller gives none. family: name of the adapter ("Flux", "UNet")."""
+        return {}
+
+    def check_layers(self, names: Collection[str]) -> None:  # noqa: B027  most methods name none
+        """Raise ValueError where the method's own arguments name a layer that is not among `names`."""
 
     @classmethod
     def overrides(cls, part: str) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from attnzoo.errors import UnsupportedError
+from attnzoo.generators.adapters import Family
 
 if TYPE_CHECKING:
     from attnzoo.generators.hooks import Denoiser, Frame
@@ -54,6 +56,27 @@ class Forward:
             frame = self._denoiser.frame_for(given, ctx)
         return self._denoiser.run(given, frame, self._stock, self._slot)
 
+    @property
+    def family(self) -> Family:
+        """The denoiser's adapter."""
+        return self._denoiser.family
+
+    def part(self, branch: str) -> dict[str, Any]:
+        """The arguments of the rows of `branch` alone, for `forward(branch=, **forward.part(branch))`.
+
+        Raises UnsupportedError where the batch does not hold it in equal parts.
+        """
+        parts = self._frame.ctx.parts
+        if len(parts) == 1:
+            return dict(self.given)
+        batch = len(
+            next(self.given[name] for name in (*self.family.per_sample, self.latents_name) if name in self.given)
+        )
+        if branch not in parts or batch % len(parts):
+            raise UnsupportedError(f"a batch of {batch} holds no {branch!r} among {len(parts)} equal parts ({parts})")
+        size, place = batch // len(parts), parts.index(branch)
+        return take_rows(self.given, slice(place * size, (place + 1) * size), batch, self.family)
+
     def move_latents(self, shift: Tensor) -> None:
         """Add `shift` to the pipeline's latents before its scheduler takes this step.
 
@@ -69,11 +92,32 @@ class Forward:
         return seen
 
 
+def take_rows(given: Mapping[str, Any], rows: slice, batch: int, family: Family) -> dict[str, Any]:
+    """A forward's arguments with some samples of its batch; what all samples share stays as it is."""
+
+    def taken(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            shared = name in family.positions and value.ndim < 3
+            return value if shared or not value.ndim or value.shape[0] != batch else value[rows]
+        if name in family.per_sample and isinstance(value, list):
+            return value[rows]
+        if isinstance(value, dict):
+            return {key: taken(key, entry) for key, entry in value.items()}
+        return type(value)(taken(name, entry) for entry in value) if type(value) in (list, tuple) else value
+
+    return {name: taken(name, value) for name, value in given.items()}
+
+
 def first_tensor(output: Any) -> Tensor:
-    """The prediction in what a model returned: a tensor, a tuple, or an output class with `sample`."""
+    """The prediction in what a model returned: a tensor, a tuple, or an output class with `sample`.
+
+    One of a list of samples (Z-Image) is stacked.
+    """
     if isinstance(output, Tensor):
         return output
     found = output[0]
+    if isinstance(found, list) and found and all(isinstance(sample, Tensor) for sample in found):
+        found = torch.stack(found)
     if not isinstance(found, Tensor):
         raise UnsupportedError(f"the denoiser returned no tensor first, but {type(found).__name__}")
     return found
@@ -83,6 +127,7 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
     """`output` with its prediction replaced by `tensor`; the same kind of object."""
     if isinstance(output, Tensor):
         return tensor
-    if isinstance(output, tuple) and type(output) is tuple:
-        return (tensor, *output[1:])
-    return type(output)(**{**dict(output), next(iter(dict(output))): tensor})
+    new: Any = list(tensor.unbind()) if isinstance(output[0], list) else tensor
+    if type(output) is tuple:
+        return (new, *output[1:])
+    return type(output)(**{**dict(output), next(iter(dict(output))): new})

@@ -24,8 +24,13 @@ from attnzoo.generators.schedule import (
     choose_layers,
     choose_steps,
 )
+from attnzoo.generators.soft_pag import SoftPAG
 
-METHODS: dict[str, type[Method]] = {"gna": GNA, "ms_diffusion": MSDiffusion}
+METHODS: dict[str, type[Method]] = {
+    "gna": GNA,
+    "ms_diffusion": MSDiffusion,
+    "soft_pag": SoftPAG,
+}
 
 _switching = threading.RLock()
 
@@ -224,6 +229,7 @@ def _build(denoiser: Denoiser, name: str, options: dict[str, Any]) -> tuple[Meth
             f"method {name!r} is already on for this {type(denoiser.model).__name__} (pipelines made by from_pipe "
             "share their denoiser): disable its handle first"
         )
+    options = {**METHODS[name].defaults(type(denoiser.family).__name__), **options}
     names = denoiser.names(METHODS[name].roles)
     if not names:
         kinds = " or ".join(sorted(METHODS[name].roles))
@@ -241,7 +247,9 @@ def _build(denoiser: Denoiser, name: str, options: dict[str, Any]) -> tuple[Meth
         raise UnsupportedError(
             f"method {name!r} acts on whole modules, so heads={list(schedule.heads)} means nothing to it"
         )
-    return METHODS[name](denoiser.family.rank, **options), schedule
+    made = METHODS[name](denoiser.family.rank, **options)
+    made.check_layers(names)
+    return made, schedule
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

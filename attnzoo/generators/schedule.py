@@ -28,17 +28,18 @@ class Schedule:
 
     def active(self, ctx: StepContext) -> bool:
         """Whether the method acts in a forward at `ctx`. Raises UnsupportedError where `ctx` can't tell."""
+        branch = ctx.branch.split(":")[0]  # a method's own "cond:perturbed" is a "cond"
         if self.branches is not None:
             if len(ctx.parts) > 1:
                 if not self.branches.intersection(ctx.parts):
                     return False
-            elif ctx.branch in _WHOLE and ctx.branch not in self.branches and not self.branches >= {"cond", "uncond"}:
+            elif branch in _WHOLE and branch not in self.branches and not self.branches >= {"cond", "uncond"}:
                 raise UnsupportedError(
                     f"branches={sorted(self.branches)}: this call carries no single branch's name (its pipeline runs "
                     "all branches in one batch, or the model runs bare): use model.cache_context(name), tell "
                     "enable(guidance=True) that a batch holds both, or leave branches=None"
                 )
-            if ctx.branch not in _WHOLE and ctx.branch not in self.branches:
+            if branch not in _WHOLE and branch not in self.branches:
                 return False
         if self.steps is None:
             return True
@@ -179,7 +180,7 @@ class StepTracker:
 
         parts: the branches of a batch that holds both.
         """
-        branch = "all" if context is None else context.name
+        branch = "all" if context is None else context.name.removeprefix("pred_")  # a guider's "pred_cond"
         scheduler = self._current_scheduler()
         if self._shift is not None:
             self._shift.follow(scheduler)

@@ -1,0 +1,110 @@
+"""The goldens of guidance, reuse, sharing and editing in generators: names are translated here, the library computes.
+
+A case of one attention layer runs diffusers' own module, whose attention call the method answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from attnzoo.generators.chain import Layer
+from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.soft_pag import SoftPAG, perturbed_guidance
+
+
+def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
+    """See tests/goldens.py."""
+    with torch.no_grad():
+        return _SYSTEMS[meta["system"]](meta["config"], tensors)
+
+
+class _Answered(TorchFunctionMode):
+    """Answers the attention call of one layer by `attend(query, key, value, mask, next)`."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3] if args else (kwargs.pop(n) for n in ("query", "key", "value"))
+        mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
+        return self.attend(query, key, value, mask, lambda q, k, v, m: func(q, k, v, m))
+
+
+@contextmanager
+def _under(method: Any, layout: TokenLayout, ctx: StepContext | None = None, **of_layer: Any) -> Iterator[None]:
+    """Within, attention calls are answered by `method` alone."""
+    ctx, layer = ctx or StepContext(), Layer("layer", 0, **of_layer)
+    with _Answered(lambda q, k, v, m, next: method.attend(q, k, v, m, layout, ctx, layer, next)):
+        yield
+
+
+def _weights(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _attention(state: dict[str, Tensor], heads: int, dtype: torch.dtype, joint: bool = False) -> Attention:
+    """diffusers' attention with these weights."""
+    width = state["to_q.weight"].shape[0]
+    more = {"added_kv_proj_dim": width, "context_pre_only": False} if joint else {}
+    module = Attention(
+        width,
+        heads=heads,
+        dim_head=width // heads,
+        bias="to_q.bias" in state,
+        out_bias="to_out.0.bias" in state,
+        processor=JointAttnProcessor2_0() if joint else AttnProcessor2_0(),
+        **more,
+    )
+    module.load_state_dict(state, strict=True)
+    return module.to(dtype)
+
+
+def _pag(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    x, text = tensors["in.x"], tensors["in.text"]
+    alone = _attention(_weights(tensors, "w.self."), config["heads"], x.dtype)
+    joint = _attention(_weights(tensors, "w.joint."), config["heads"], x.dtype, joint=True)
+    picture = TokenLayout((1, x.shape[1]))
+    both = TokenLayout((1, x.shape[1]), text.shape[1], "last")
+    halves = list(zip(("plain", "perturbed"), x.chunk(2), text.chunk(2)))
+    found = {}
+    classic, mode = SoftPAG(2, variant="masked"), SoftPAG(2, variant="identity")
+    outs = []
+    for phase, part, _ in halves:
+        with _under(classic, picture, phase=phase):
+            outs.append(alone(part))
+    found["out.self_out"] = torch.cat(outs)
+    pairs = []
+    for phase, part, words in halves:
+        with _under(classic, both, phase=phase):
+            pairs.append(joint(part, words))
+    found["out.joint_out"], found["out.joint_text_out"] = (torch.cat(parts) for parts in zip(*pairs))
+    with _under(mode, picture, phase="perturbed"):
+        found["out.mode_self_out"] = alone(x)
+    with _under(mode, both, phase="perturbed"):
+        found["out.mode_joint_out"], found["out.mode_joint_text_out"] = joint(x, text)
+    found["out.guided"] = perturbed_guidance(
+        tensors["in.pred_cond"],
+        tensors["in.pred_perturbed"],
+        config["pag_scale"],
+        tensors["in.pred_uncond"],
+        config["guidance_scale"],
+    )
+    return found
+
+
+_SYSTEMS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
+    "pag": _pag,
+}
+assert diffusers

@@ -23,8 +23,12 @@ from attnzoo.generators.schedule import (
     choose_layers,
     choose_steps,
 )
+from attnzoo.generators.sparge import Sparge
 
-METHODS: dict[str, type[Method]] = {"gna": GNA}
+METHODS: dict[str, type[Method]] = {
+    "gna": GNA,
+    "sparge": Sparge,
+}
 
 _switching = threading.RLock()
 

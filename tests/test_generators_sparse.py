@@ -21,6 +21,7 @@ from attnzoo.generators import enable
 from attnzoo.generators.blocks import Choice
 from attnzoo.generators.chain import Layer
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.seer import SeerGate, SeerGates, choose_by_ratio, distillation_loss, pooled_target
 from attnzoo.generators.sparge import Sparge, select_blocks
 from attnzoo.generators.tables import HeadTable, load_table, save_table
 
@@ -165,7 +166,19 @@ def test_selection_says_what_it_says() -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "sparge": {"topk": 0.4, "block_size": (4, 4)},
+    "seer": {"nz_ratio": 0.4},
 }
+
+
+def options_of(name: str, model: torch.nn.Module) -> dict[str, Any]:
+    """The method's options for this model."""
+    if name == "seer":
+        torch.manual_seed(3)
+        dtype = next(model.parameters()).dtype
+        return {**OPTIONS[name], "gates": SeerGates.for_model(model, block_size=4).to(dtype)}
+    return OPTIONS[name]
+
+
 NEUTRAL: dict[str, dict[str, Any]] = {"sparge": {"topk": 1.0}}
 LATER = ["flux", "hunyuan_video", "unet", "pixart", "sd3", "wan", "cogvideox", "ltx", "qwen_image", "dit"]
 
@@ -178,15 +191,15 @@ def test_on_every_family(name: str, family: str) -> None:
     if name in NEUTRAL:
         with enable(case.model, name, **NEUTRAL[name]):
             assert torch.equal(run(case), dense)
-    with enable(case.model, name, **OPTIONS[name]) as handle:
+    with enable(case.model, name, **options_of(name, case.model)) as handle:
         out = run(case)
         row = handle.report()["denoisers"][0]
-        assert 0 < row["density"] < 1 and row["state_bytes"] > 0 and out.isfinite().all()
+        assert row["layers"] and 0 < row["density"] < 1 and row["state_bytes"] > 0 and out.isfinite().all()
         (method,) = handle.methods(name)
         wide = as_double(build(family))
     assert (out - dense).abs().max() > 1e-4 and torch.equal(run(case), dense) and is_clean(case.model)
     assert method.state_bytes() == 0
-    with enable(wide.model, name, **OPTIONS[name]):
+    with enable(wide.model, name, **options_of(name, wide.model)):
         assert run(wide).dtype == torch.float64
 
 
@@ -326,3 +339,96 @@ def test_long_general_masks_are_refused() -> None:
     mask = torch.zeros(1, 1, 1, layout.length)
     with pytest.raises(UnsupportedError, match="all pairs"):
         method.attend(q, q, q, mask, layout, StepContext(), Layer("x", 0), lambda *a: a[0])
+
+
+def test_seer_pools_only_what_is_there() -> None:
+    torch.manual_seed(4)
+    gate = SeerGate(4, 8, 2, block_size=4, pooling="Qmaxavg_Kmaxminavg", hidden_size=6, dtype=torch.float64)
+    q, k = torch.randn(2, 4, 10, 8, dtype=torch.float64), torch.randn(2, 2, 10, 8, dtype=torch.float64)
+    seen = torch.ones(2, 10, dtype=torch.bool)
+    seen[0, 4:8] = False
+    seen[1, 9] = False
+    got = gate(q, k, None, None, seen)
+    assert gate.mask_linear_q is not None
+    for b in range(2):
+        for head in range(4):
+            for i in range(3):
+                for j in range(3):
+                    rows = q[b, head, 4 * i : 4 * i + 4]
+                    columns = k[b, head // 2, 4 * j : 4 * j + 4][seen[b, 4 * j : 4 * j + 4]]
+                    if not len(columns):
+                        assert got[b, head, i, j] == -math.inf
+                        continue
+                    one = torch.cat([rows.amax(0), rows.mean(0)]) @ gate.mask_linear_q.weight[head]
+                    two = torch.cat([columns.amax(0), columns.amin(0), columns.mean(0)])
+                    two = two @ gate.mask_linear_k.weight[head // 2]
+                    assert torch.allclose(got[b, head, i, j], one @ two * 6**-0.5, atol=1e-12)
+
+
+def test_seer_target_in_pieces_and_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnzoo.generators import seer
+
+    torch.manual_seed(5)
+    q, k = torch.randn(1, 4, 22, 8, dtype=torch.float64), torch.randn(1, 2, 22, 8, dtype=torch.float64)
+    for causal in (False, True):
+        whole = pooled_target(q, k, 4, 0.5, causal=causal)
+        logits = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.5
+        if causal:
+            logits = logits.masked_fill(torch.ones(22, 22, dtype=torch.bool).triu(1), -math.inf)
+        p = F.pad(logits.softmax(-1), (0, 2, 0, 2)).unflatten(3, (6, 4)).amax(4).unflatten(2, (6, 4)).amax(3)
+        torch.testing.assert_close(whole, p / p.sum(-1, keepdim=True))
+        monkeypatch.setattr(seer, "_CHUNK", 1)
+        torch.testing.assert_close(pooled_target(q, k, 4, 0.5, causal=causal), whole)
+        monkeypatch.undo()
+    before = torch.zeros(1, dtype=torch.bool)
+    score = torch.randn(1, 2, 8, 8)
+    for ratio in (0.0, 0.3, 0.6, 1.0):
+        chosen = choose_by_ratio(score, ratio)
+        assert int(chosen.sum()) == 16 * max(1, int(8 * ratio)) and not bool((before & ~chosen).any())
+        before = chosen
+    assert not bool(choose_by_ratio(score, 1.0, causal=True).triu(1).any())
+
+
+def test_seer_learns_which_blocks_matter_and_is_saved(tmp_path: Path) -> None:
+    case = build("flux")
+    torch.manual_seed(6)
+    gates = SeerGates.for_model(case.model, block_size=4)
+    dense = run(case)
+    optimiser = torch.optim.Adam(gates.parameters(), lr=0.02)
+    trace = []
+    with enable(case.model, "seer", gates=gates, distil=True) as handle:
+        (method,) = handle.methods("seer")
+        for _ in range(25):
+            assert torch.equal(run(case), dense)
+            losses = method.take_losses()
+            assert len(losses) == 3
+            loss = sum(losses.values())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            trace.append(float(loss.detach()))
+    assert trace[-1] < 0.7 * trace[0]
+    gates.save(tmp_path / "gates.safetensors")
+    with enable(case.model, "seer", gates=gates, threshold=0.1):
+        wanted = run(case)
+    with enable(case.model, "seer", gates=str(tmp_path / "gates.safetensors"), threshold=0.1):
+        assert torch.equal(run(case), wanted)
+    assert not torch.equal(wanted, dense) and torch.equal(run(case), dense)
+    with enable(case.model, "seer", gates=gates, nz_ratio=1.0):
+        assert torch.equal(run(case), dense)
+    some = SeerGates.for_model(case.model, layers="single*", block_size=4)
+    with enable(case.model, "seer", gates=some), pytest.raises(UnsupportedError, match="no gate"):
+        run(case)
+    for options, error, words in (
+        ({"gates": 3}, TypeError, "gates"),
+        ({"gates": gates, "threshold": 0.1, "nz_ratio": 0.1}, ValueError, "one of threshold"),
+        ({"gates": gates, "threshold": 1.1}, ValueError, "threshold"),
+        ({}, TypeError, "needs gates"),
+    ):
+        with pytest.raises(error, match=words):
+            enable(case.model, "seer", **options)
+    for options, words in (({"pooling": "Qavg"}, "pooling"), ({"block_size": 0}, "block_size")):
+        with pytest.raises(ValueError, match=words):
+            SeerGate(2, 8, **options)
+    target = torch.full((1, 1, 4, 4), 0.25)
+    assert float(distillation_loss(torch.zeros(1, 1, 4, 4), target)) == pytest.approx(0.0, abs=1e-7)

@@ -23,10 +23,12 @@ from attnzoo.generators.schedule import (
     choose_layers,
     choose_steps,
 )
+from attnzoo.generators.seer import Seer
 from attnzoo.generators.sparge import Sparge
 
 METHODS: dict[str, type[Method]] = {
     "gna": GNA,
+    "seer": Seer,
     "sparge": Sparge,
 }
 

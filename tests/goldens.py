@@ -42,6 +42,7 @@ _MODULES = {
     "goldens_generators": ("gna", "moh_dit", "stya2k"),
     "goldens_layout": ("ms_diffusion",),
     "goldens_sharing": ("pag",),
+    "goldens_sparse": ("sparge_block_select", "seer_attention"),
     "goldens_vlm": ("var", "pai"),
 }
 # Variants (file stems without number) that are not run in float64, and why.

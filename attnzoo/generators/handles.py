@@ -24,12 +24,16 @@ from attnzoo.generators.schedule import (
     choose_layers,
     choose_steps,
 )
+from attnzoo.generators.seer import Seer
 from attnzoo.generators.soft_pag import SoftPAG
+from attnzoo.generators.sparge import Sparge
 
 METHODS: dict[str, type[Method]] = {
     "gna": GNA,
     "ms_diffusion": MSDiffusion,
+    "seer": Seer,
     "soft_pag": SoftPAG,
+    "sparge": Sparge,
 }
 
 _switching = threading.RLock()

@@ -1,0 +1,92 @@
+"""The generator room's block-sparse methods: the goldens' names translated here, the library computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.generators.seer import SeerGate, choose_by_ratio, choose_by_threshold, pooled_target
+from attnzoo.generators.sparge import block_scales, delta_lists, select_blocks
+from attnzoo.kernels import BlockSparsity, block_sparse_attention, edited_attention
+from attnzoo.kernels.edited_attention import Visibility
+
+
+def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
+    """See tests/goldens.py."""
+    systems = {"sparge_block_select": _sparge, "seer_attention": _seer_attention}
+    return systems[meta["system"]](meta, tensors, backend or "auto")
+
+
+def _sparge(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    config = meta["config"]
+    query, key = tensors["in.q"], tensors["in.k"]
+    options: dict[str, Any] = {
+        name: torch.tensor(config[name]) if isinstance(config[name], list) else config[name]
+        for name in ("simthreshd1", "cdfthreshd", "topk", "is_causal", "attention_sink")
+    }
+    options |= {"block_size": (config["BLKQ"], config["BLKK"]), "compat": "official"}
+    found = select_blocks(query, key, **options)
+    fused = select_blocks(query, key, smooth_k=True, **options)
+    lut, counts = delta_lists(found.mask)
+    return {
+        "out.block_map": found.mask,
+        "out.lut": lut,
+        "out.valid_block_num": counts,
+        "out.q_pool": found.query_pool,
+        "out.k_pool": found.key_pool,
+        "out.q_selfsim": found.query_similar,
+        "out.k_selfsim": found.key_similar,
+        "out.fused_block_map": fused.mask,
+        "out.k_mean": fused.key_mean,
+        "out.q_scale": block_scales(query, config["BLKQ"]),
+        "out.k_scale": block_scales(key, config["BLKK"], fused.key_mean),
+    }
+
+
+def _seer_attention(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    return (_seer_gate if meta["variant"] == "gate" else _seer_target)(meta["config"], tensors, backend)
+
+
+def _seer_gate(c: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    query, key = (tensors[name].transpose(1, 2) for name in ("q", "k"))
+    gate = SeerGate(
+        c["hq"],
+        c["D"],
+        c["hk"],
+        block_size=c["bs"],
+        pooling=c["cls"],
+        hidden_size=c["hid"],
+        force_double=c["force"],
+        dtype=query.dtype,
+    )
+    gate.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
+    rotary = (tensors["block_cos"], tensors["block_sin"]) if "block_cos" in tensors else None
+    with torch.no_grad():
+        logits = gate(query, key, tensors["block_attention_mask"], rotary)
+    found: dict[str, Any] = {}
+    if c["method"] == "threshold":
+        scores = found["inter.scores"] = logits.softmax(-1)
+        mask = choose_by_threshold(scores, c["thr"], causal=True, last_dense=c["dense"])
+    else:
+        ratio = next(c[name] for name in ("nz_ratio", "ratio", "nz", "thr") if name in c)
+        mask = choose_by_ratio(logits, ratio, causal=True, last_dense=c["dense"])
+    if "v" in tensors:
+        sparsity = BlockSparsity.from_mask(mask, c["L"], c["L"], c["bs"])
+        rows = (tensors["q"], tensors["k"], tensors["v"].transpose(1, 2))
+        out = block_sparse_attention(*rows, sparsity, is_causal=True, backend=backend)
+        assert isinstance(out, Tensor)
+        found["attn_output"] = out.transpose(1, 2)
+    return {**found, "output": mask}
+
+
+def _seer_target(c: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    query, key, value = (tensors[name] for name in ("q", "k", "v"))
+    rows = (t.transpose(1, 2) for t in (query, key, value))
+    out = edited_attention(*rows, Visibility(is_causal=c["causal"]), c["sm_scale"], backend=backend)
+    assert isinstance(out, Tensor)
+    return {
+        "output": pooled_target(query, key, c["bs"], c["sm_scale"], causal=c["causal"]),
+        "attn_output": out.transpose(1, 2),
+    }

@@ -474,3 +474,39 @@ def draw(pipe: Any, handle: Any = None, steps: int = 4, **options: Any) -> Trace
         **options,
     )
     return trace
+
+
+class UNetLoop(diffusers.DiffusionPipeline):
+    """The loop of Stable Diffusion without its encoders.
+
+    guided: the batch holds both branches, the unconditional one first. shift: moves the latents by one, in the model's
+    units, before each step.
+    """
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.shift = False
+        self.guided = False
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guided
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, text: Tensor, steps: int = 3) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            scaled = self.scheduler.scale_model_input(latents, t)
+            if self.guided:
+                both = torch.cat([scaled] * 2)
+                noise = self.unet(both, t, encoder_hidden_states=torch.cat([text * 0, text]), return_dict=False)[0]
+                uncond, cond = noise.chunk(2)
+                noise = uncond + 3.0 * (cond - uncond)
+            else:
+                noise = self.unet(scaled, t, encoder_hidden_states=text, return_dict=False)[0]
+            if self.shift:
+                latents = latents + latents.mean() / scaled.mean()
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+        return latents

@@ -40,7 +40,7 @@ _MODULES = {
     ),
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna", "moh_dit", "stya2k"),
-    "goldens_layout": ("ms_diffusion",),
+    "goldens_layout": ("ms_diffusion", "conform"),
     "goldens_sharing": ("pag",),
     "goldens_sparse": ("sparge_block_select", "seer_attention"),
     "goldens_vlm": ("var", "pai"),

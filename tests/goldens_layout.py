@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from attnzoo.generators import StepContext, TokenLayout
+from attnzoo.generators.conform import conform_loss, strongest
 from attnzoo.generators.interception import alone
 from attnzoo.generators.ms_diffusion import GroundingResampler, MSDiffusion, inside_boxes, layout_bias, phrase_bias
 
@@ -106,4 +107,20 @@ def _resampler(c: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-_RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {"ms_diffusion": _ms_diffusion}
+def _conform(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    c = dict(meta["config"])
+    groups, previous = c.pop("token_groups"), tensors["in.attention_maps_t_plus_one"]
+    options = {name: value for name, value in c.items() if name != "use_previous_maps"}
+    with torch.enable_grad():
+        logits = tensors["in.attention_logits"].detach().requires_grad_()
+        maps = logits.softmax(-1)
+        loss = conform_loss(maps, groups, previous if c["use_previous_maps"] else None, **options)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    largest = strongest(maps.detach(), groups, "official")
+    return {"out.loss": loss.detach(), "out.grad_logits": gradient, "out.max_attention_first_token": largest}
+
+
+_RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
+    "conform": _conform,
+    "ms_diffusion": _ms_diffusion,
+}

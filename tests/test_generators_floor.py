@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from generator_models import FAMILIES, build, is_clean, run
+from generator_models import FAMILIES, UNetLoop, build, is_clean, run
 from torch import Tensor
 
 from attnzoo.errors import UnsupportedError
@@ -159,7 +159,7 @@ def test_heads_mean_nothing_to_a_method_around_modules(monkeypatch: pytest.Monke
 
 def test_latents_move_before_the_step_and_the_scheduler_comes_back(spies: None) -> None:
     unet = build("unet").model.eval()
-    pipe = _Pipe(unet, diffusers.EulerDiscreteScheduler())
+    pipe = UNetLoop(unet, diffusers.EulerDiscreteScheduler())
     torch.manual_seed(1)
     start = torch.randn(1, unet.config.in_channels, 8, 8)
     text = torch.randn(1, 5, unet.config.cross_attention_dim)
@@ -172,24 +172,3 @@ def test_latents_move_before_the_step_and_the_scheduler_comes_back(spies: None) 
     assert torch.allclose(pipe(start, text), pushed, atol=1e-4) and not torch.allclose(pushed, plain, atol=1e-2)
     with pytest.raises(UnsupportedError, match="pipeline"):
         enable(unet, "pushing")
-
-
-class _Pipe(diffusers.DiffusionPipeline):
-    """The loop of a pipeline; `shift` does by hand what "pushing" does."""
-
-    def __init__(self, unet: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-        self.shift = False
-
-    @torch.no_grad()
-    def __call__(self, latents: Tensor, text: Tensor) -> Tensor:
-        self.scheduler.set_timesteps(3)
-        latents = latents * self.scheduler.init_noise_sigma
-        for t in self.scheduler.timesteps:
-            scaled = self.scheduler.scale_model_input(latents, t)
-            noise = self.unet(scaled, t, encoder_hidden_states=text, return_dict=False)[0]
-            if self.shift:
-                latents = latents + latents.mean() / scaled.mean()
-            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
-        return latents

@@ -13,6 +13,7 @@ from torch import nn
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.adapters import FAMILIES, REFUSED, Family, family_of
 from attnzoo.generators.chain import Method
+from attnzoo.generators.conform import Conform
 from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
 from attnzoo.generators.ms_diffusion import MSDiffusion
@@ -29,6 +30,7 @@ from attnzoo.generators.soft_pag import SoftPAG
 from attnzoo.generators.sparge import Sparge
 
 METHODS: dict[str, type[Method]] = {
+    "conform": Conform,
     "gna": GNA,
     "ms_diffusion": MSDiffusion,
     "seer": Seer,

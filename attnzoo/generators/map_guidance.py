@@ -1,0 +1,165 @@
+"""Guidance by a loss on attention maps: the latents move against its gradient before a step is taken.
+
+The base of CONFORM and Bounded Attention. In the chosen steps the denoiser runs on the conditional rows with gradients,
+its maps are recorded, a loss of them is taken, and the latents go `step_size` times its gradient downhill; then the
+forward that the pipeline asked for runs at the moved latents, and the pipeline's own latents follow through its
+scheduler (`Forward.move_latents`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo.errors import UnsupportedError, check_range
+from attnzoo.generators.chain import CROSS, Layer, Method, Next, Stage
+from attnzoo.generators.forward import Forward
+from attnzoo.generators.layout import StepContext, TokenLayout
+
+_MOST = 4096  # queries of a layer whose map is recorded
+
+
+class Maps:
+    """What one forward's layers showed: (layer, map [B, N, M], mean over heads; layout), in the layers' order."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Layer, Tensor, TokenLayout]] = []
+
+    def mean(self, grid: tuple[int, ...], role: str = "cross") -> Tensor:
+        """The mean of the maps of `role` on `grid`, [B, N, M]. Raises UnsupportedError where there are none."""
+        found = [(m, layout.grid) for layer, m, layout in self.found if (layer.role == "cross") == (role == "cross")]
+        chosen = [m for m, own in found if own == grid]
+        if not chosen:
+            grids = sorted({layout.grid for _, _, layout in self.found})
+            raise UnsupportedError(f"no {role}-attention layer on the grid {grid}; the recorded ones are on {grids}")
+        return torch.stack(chosen).mean(0)
+
+
+class MapGuidance(Method):
+    """Base of the methods that follow a loss on maps. A subclass gives `loss` and `schedule`."""
+
+    stage: ClassVar[Stage] = Stage.POST_MIX
+    roles: ClassVar[frozenset[str]] = CROSS
+    moves_latents: ClassVar[bool] = True
+
+    def __init__(self, rank: int, *, max_steps: int, resolution: Sequence[int] | None = None) -> None:
+        """max_steps: guidance acts in steps 0 .. max_steps - 1.
+
+        resolution: grid (height, width) of the recorded layers; None: on a UNet the latents' grid halved twice
+        (16 x 16 of 64 x 64), else the model's own.
+        """
+        super().__init__(rank)
+        if rank != 2:
+            raise UnsupportedError(f"{self.name} looks at maps of an image: this model's grid has {rank} axes")
+        check_range("max_steps", max_steps, low=0)
+        self.max_steps = max_steps
+        self.resolution = None if resolution is None else tuple(resolution)
+        self._recording: Maps | None = None
+        self._shift: tuple[int, int, Tensor] | None = None  # run, step, the change of the latents
+
+    @abstractmethod
+    def loss(self, maps: Maps, layout: TokenLayout, ctx: StepContext) -> Tensor:
+        """The loss of one forward's maps, a scalar."""
+
+    @abstractmethod
+    def schedule(self, step: int, total: int) -> tuple[float, int]:
+        """The step size at `step` of `total`, and how many moves to make (0: none)."""
+
+    def enough(self, loss: Tensor, step: int) -> bool:
+        """Whether the moves of this step may stop."""
+        return False
+
+    def forget(self) -> None:
+        self._shift = self._recording = None
+
+    def state_bytes(self) -> int:
+        return 0 if self._shift is None else self._shift[2].numel() * self._shift[2].element_size()
+
+    def grid_of(self, layout: TokenLayout) -> tuple[int, ...]:
+        """The grid whose layers are looked at."""
+        if self.resolution is not None or not layout.pyramid:
+            return self.resolution or layout.grid
+        return tuple(-(-n // 4) for n in layout.grid)
+
+    def wanted(self, layout: TokenLayout, layer: Layer) -> bool:
+        """Whether a layer's map is recorded."""
+        return self._grid == layout.grid
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        layout: TokenLayout,
+        ctx: StepContext,
+        layer: Layer,
+        next: Next,
+    ) -> Tensor:
+        if self._recording is not None and self.wanted(layout, layer):
+            self._recording.found.append((layer, attention_map(query, key, mask, layer), layout))
+        return next(query, key, value, mask)
+
+    def record(self, forward: Forward, layout: TokenLayout, ctx: StepContext, latents: Tensor) -> Maps:
+        """The maps of the conditional rows at `latents` [b, ...]."""
+        given = forward.part("cond") if len(ctx.parts) > 1 else dict(forward.given)
+        self._grid = self.grid_of(layout)
+        self._recording = maps = Maps()
+        try:
+            forward(branch="cond" if len(ctx.parts) > 1 else ctx.branch, **{**given, forward.latents_name: latents})
+        finally:
+            self._recording = None
+        return maps
+
+    def denoise(self, forward: Forward, layout: TokenLayout, ctx: StepContext) -> Any:
+        if ctx.step is None or ctx.total is None:
+            raise UnsupportedError(f"{self.name} needs to know the step: enable it on a pipeline")
+        if ctx.step >= self.max_steps:
+            return self.watch(forward, layout, ctx)
+        shift = self._shift
+        if shift is None or shift[:2] != (ctx.run, ctx.step):
+            if ctx.branch == "uncond":
+                raise UnsupportedError(f"{self.name}: this pipeline runs the unconditional branch first: not supported")
+            moved = self._moved(forward, layout, ctx)
+            self._shift = shift = (ctx.run, ctx.step, moved)
+            forward.move_latents(moved)
+        every = shift[2].repeat(len(ctx.parts), *([1] * (shift[2].ndim - 1)))
+        return self.watch(forward, layout, ctx, **{forward.latents_name: forward.latents + every})
+
+    def watch(self, forward: Forward, layout: TokenLayout, ctx: StepContext, **changed: Any) -> Any:
+        """The forward that the pipeline asked for."""
+        return forward(**changed)
+
+    def _moved(self, forward: Forward, layout: TokenLayout, ctx: StepContext) -> Tensor:
+        """How far the latents move in this step, [b, ...]."""
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedError(f"{self.name} follows a gradient, which inference_mode forbids: use no_grad")
+        assert ctx.step is not None and ctx.total is not None
+        start = forward.latents[: len(forward.latents) // len(ctx.parts)].detach()
+        latents, (size, moves) = start, self.schedule(ctx.step, ctx.total)
+        for _ in range(moves):
+            with torch.enable_grad():
+                latents = latents.detach().requires_grad_()
+                loss = self.loss(self.record(forward, layout, ctx, latents), layout, ctx)
+                if not loss.requires_grad:
+                    break
+                (gradient,) = torch.autograd.grad(loss, latents)
+            if self.enough(loss, ctx.step):
+                break
+            latents = latents.detach() - size * gradient
+        return latents.detach() - start
+
+
+def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, layer: Layer) -> Tensor:
+    """softmax(query key^T) averaged over heads, [B, N, M]. Raises UnsupportedError above 4,096 queries."""
+    if query.shape[-2] > _MOST:
+        raise UnsupportedError(f"{layer.name}: maps are recorded up to {_MOST} queries, got {query.shape[-2]}")
+    scale = query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
+    logits = query @ key.transpose(-1, -2) * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1).mean(1)

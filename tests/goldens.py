@@ -40,7 +40,7 @@ _MODULES = {
     ),
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna", "moh_dit", "stya2k"),
-    "goldens_layout": ("ms_diffusion", "conform"),
+    "goldens_layout": ("ms_diffusion", "conform", "attention_regulation", "bounded_attention"),
     "goldens_sharing": ("pag",),
     "goldens_sparse": ("sparge_block_select", "seer_attention"),
     "goldens_vlm": ("var", "pai"),

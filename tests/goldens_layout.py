@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnzoo.generators import StepContext, TokenLayout
+from attnzoo.generators.attention_regulation import AttentionRegulation, regulation_loss
+from attnzoo.generators.bounded_attention import BoundedAttention, hide_from_subjects, hide_from_words
+from attnzoo.generators.chain import Layer
+from attnzoo.generators.clusters import cluster_masks
 from attnzoo.generators.conform import conform_loss, strongest
 from attnzoo.generators.interception import alone
+from attnzoo.generators.map_guidance import Maps
 from attnzoo.generators.ms_diffusion import GroundingResampler, MSDiffusion, inside_boxes, layout_bias, phrase_bias
 
 
@@ -120,7 +127,99 @@ def _conform(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]
     return {"out.loss": loss.detach(), "out.grad_logits": gradient, "out.max_attention_first_token": largest}
 
 
+def _attention_regulation(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    c = meta["config"]
+    names = ("target_ids", "eos_id", "max_iter", "lr", "decay", "global_decay", "gamma", "delta", "epsilon")
+    method = AttentionRegulation(2, **{name: c[name] for name in names}, compat="official")
+    weights = {name: c[name] for name in ("threshold", "gamma", "delta", "epsilon")}
+    got = {"out.loss": regulation_loss(tensors["in.loss_modified_maps"], tensors["in.loss_weights"], **weights).mean()}
+    layer, grid = Layer("layer", 0, role="cross"), (c["map_width"], c["map_width"])
+    for step in range(c["steps"]):
+        logits = tensors[f"in.logits_{step}"].unflatten(1, grid)
+        ctx = StepContext(step, c["steps"])
+        edited = method.edit(logits, ctx, layer, tensors[f"in.init_weights_{step}"])
+        got[f"out.edit_delta_{step}"] = (edited - logits)[..., c["target_ids"]].flatten(1, 2)
+    return got
+
+
+def _bounded_attention(meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    c = meta["config"]
+    grid, heads, count = (c["resolution"], c["resolution"]), c["heads"], len(c["boxes_x0y0x1y1"])
+    names = ("subject_token_indices", "leading_token_indices", "filter_token_indices", "eos_token_index")
+    method = BoundedAttention(
+        2,
+        boxes=c["boxes_x0y0x1y1"],
+        **{name: c[name] for name in names},
+        num_clusters_per_box=c["n_clusters"] // count,
+        resolution=grid,
+        compat="official",
+    )
+    parts = {name: tensors[f"in.{name}"].unflatten(0, (-1, heads)) for name in _QKV}
+    layers = (Layer("self", 0, c["scale"], role="image"), Layer("cross", 0, c["scale"], role="cross"))
+    layout = TokenLayout(grid, num_context=parts["k_cross"].shape[2])
+    both = StepContext(0, 50, parts=("uncond", "cond"))
+    boxes = method.subjects(grid, both, c["batch"], None)
+    method._grid = grid
+
+    def calls(maps: Maps, given: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:
+        method._recording, outs = maps, {}
+        try:
+            for kind, layer in zip(("self", "cross"), layers):
+                q, k, v = (given[f"{part}_{kind}"] for part in "qkv")
+                out = method.attend(q, k, v, None, layout, ctx, layer, partial(_stock, scale=c["scale"]))
+                outs[f"out.{kind}_out"] = out.transpose(1, 2).flatten(2)
+        finally:
+            method._recording = None
+        return outs
+
+    maps = Maps()
+    got: dict[str, Any] = calls(maps, parts, both)
+    for kind in ("self", "cross"):
+        for one in maps.of(kind, grid):
+            method.remember(kind, one[c["batch"] :])
+        got[f"out.mean_{kind}_map"] = method._means[kind][0]
+
+    def doubled(mask: Tensor, cross: bool = False) -> Tensor:
+        return torch.cat([torch.ones_like(mask) if cross else mask, mask])[:, None]
+
+    words = (method.words, method.filter, c["eos_token_index"], layout.num_context)
+    got["out.cross_mask_denoise"] = doubled(hide_from_words(boxes, *words), cross=True)
+    got["out.cross_mask_guidance"] = doubled(hide_from_words(boxes, *words, from_background=True), cross=True)
+    got["out.self_mask_denoise"] = doubled(hide_from_subjects(boxes))
+
+    def record(latents: Tensor) -> Maps:
+        moved = latents.transpose(1, 2)[:, None]
+        half = {name: tensor[c["batch"] :] for name, tensor in parts.items()}
+        for name in ("q_self", "k_self", "q_cross"):
+            half[name] = half[name] + moved
+        found, method._guiding = Maps(), True
+        calls(found, half, StepContext(0, 50))
+        method._guiding = False
+        return found
+
+    with torch.enable_grad():
+        start = tensors["in.latents"].detach().requires_grad_()
+        loss = method.loss(record(start), layout, both)
+        (got["out.grad"],) = torch.autograd.grad(loss, start)
+    got["out.loss"] = loss.detach()
+    got["out.normalized_loss"] = method.normalized(loss.detach(), c["batch"])
+    got["out.latents_after_update_i0"] = method.descend(tensors["in.latents"], record, layout, StepContext(0, 50))
+    labels = tensors["in.cluster_labels"].long()
+    cross = method._means["cross"][0]
+    got["out.self_masks_from_clusters"] = cluster_masks(labels, c["n_clusters"], cross, boxes)
+    fixed = got["out.self_masks_fixed"] = method.find_subjects(grid, labels)
+    got["out.self_mask_after_clustering"] = doubled(hide_from_subjects(fixed))
+    return got
+
+
+def _stock(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+_QKV = [f"{part}_{kind}" for kind in ("self", "cross") for part in "qkv"]
 _RUNS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
+    "attention_regulation": _attention_regulation,
+    "bounded_attention": _bounded_attention,
     "conform": _conform,
     "ms_diffusion": _ms_diffusion,
 }

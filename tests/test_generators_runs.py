@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 
 import diffusers
-from generator_models import Case, build, draw, flux_pipeline, is_clean, run
+from generator_models import Case, UNetLoop, build, draw, flux_pipeline, is_clean, run
 
 from attnzoo import generators
 from attnzoo.errors import UnsupportedError
@@ -152,6 +152,34 @@ def test_bare_models_and_schedulers_without_step_index_need_new_run() -> None:
                 assert handle.report()["denoisers"][0]["run"] == number
             with pytest.raises(UnsupportedError, match="run of 3"):
                 run(case, timestep=torch.tensor([1, 1]))
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_steps_of_schedulers_with_and_without_a_count(name: str, guided: bool) -> None:
+    """PNDM takes one timestep twice; two runs, the second after one that was cancelled at its first step."""
+    unet = build("unet").model
+    pipe = UNetLoop(unet, getattr(diffusers, name)())
+    pipe.guided = guided
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, unet.config.cross_attention_dim)
+    with generators.enable(pipe, "gna", kernel_size=3) as handle:
+        seen: list[tuple[Any, ...]] = []
+
+        def note(*_: Any) -> None:
+            row = handle.report()["denoisers"][0]
+            seen.append((row["run"], row["step"], row["total"]))
+
+        hook = unet.register_forward_hook(note)
+        pipe(latents, text, steps=4)
+        count = len(pipe.scheduler.timesteps)
+        with pytest.raises(RuntimeError):
+            pipe(latents[:, :2], text, steps=4)
+        pipe(latents, text, steps=4)
+        hook.remove()
+    runs = sorted({run for run, _, _ in seen})
+    assert len(runs) == 2 and runs[0] < runs[1]
+    for number in runs:
+        assert [(step, total) for run, step, total in seen if run == number] == [(i, count) for i in range(count)]
 
 
 def test_two_denoisers_of_one_pipeline_share_their_steps() -> None:

@@ -12,6 +12,8 @@ from torch import nn
 
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.adapters import FAMILIES, REFUSED, Family, family_of
+from attnzoo.generators.attention_regulation import AttentionRegulation
+from attnzoo.generators.bounded_attention import BoundedAttention
 from attnzoo.generators.chain import Method
 from attnzoo.generators.conform import Conform
 from attnzoo.generators.gna import GNA
@@ -30,6 +32,8 @@ from attnzoo.generators.soft_pag import SoftPAG
 from attnzoo.generators.sparge import Sparge
 
 METHODS: dict[str, type[Method]] = {
+    "attention_regulation": AttentionRegulation,
+    "bounded_attention": BoundedAttention,
     "conform": Conform,
     "gna": GNA,
     "ms_diffusion": MSDiffusion,

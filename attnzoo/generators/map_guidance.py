@@ -9,7 +9,7 @@ scheduler (`Forward.move_latents`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,14 +29,18 @@ class Maps:
     def __init__(self) -> None:
         self.found: list[tuple[Layer, Tensor, TokenLayout]] = []
 
-    def mean(self, grid: tuple[int, ...], role: str = "cross") -> Tensor:
-        """The mean of the maps of `role` on `grid`, [B, N, M]. Raises UnsupportedError where there are none."""
-        found = [(m, layout.grid) for layer, m, layout in self.found if (layer.role == "cross") == (role == "cross")]
+    def of(self, kind: str, grid: tuple[int, ...]) -> list[Tensor]:
+        """The maps of "cross"- or "self"-attention on `grid`. Raises UnsupportedError where there are none."""
+        found = [(m, layout.grid) for layer, m, layout in self.found if (layer.role == "cross") == (kind == "cross")]
         chosen = [m for m, own in found if own == grid]
         if not chosen:
-            grids = sorted({layout.grid for _, _, layout in self.found})
-            raise UnsupportedError(f"no {role}-attention layer on the grid {grid}; the recorded ones are on {grids}")
-        return torch.stack(chosen).mean(0)
+            others = sorted({own for _, own in found})
+            raise UnsupportedError(f"no {kind}-attention layer on the grid {grid}; the recorded ones are on {others}")
+        return chosen
+
+    def mean(self, grid: tuple[int, ...], kind: str = "cross") -> Tensor:
+        """The mean of the maps of `kind` on `grid`, [B, N, M]."""
+        return torch.stack(self.of(kind, grid)).mean(0)
 
 
 class MapGuidance(Method):
@@ -69,8 +73,8 @@ class MapGuidance(Method):
     def schedule(self, step: int, total: int) -> tuple[float, int]:
         """The step size at `step` of `total`, and how many moves to make (0: none)."""
 
-    def enough(self, loss: Tensor, step: int) -> bool:
-        """Whether the moves of this step may stop."""
+    def enough(self, loss: Tensor, batch: int) -> bool:
+        """Whether the moves of this step may stop, after one from where `loss` was."""
         return False
 
     def forget(self) -> None:
@@ -138,20 +142,24 @@ class MapGuidance(Method):
         """How far the latents move in this step, [b, ...]."""
         if torch.is_inference_mode_enabled():
             raise UnsupportedError(f"{self.name} follows a gradient, which inference_mode forbids: use no_grad")
-        assert ctx.step is not None and ctx.total is not None
         start = forward.latents[: len(forward.latents) // len(ctx.parts)].detach()
-        latents, (size, moves) = start, self.schedule(ctx.step, ctx.total)
+        return self.descend(start, lambda x: self.record(forward, layout, ctx, x), layout, ctx) - start
+
+    def descend(
+        self, latents: Tensor, record: Callable[[Tensor], Maps], layout: TokenLayout, ctx: StepContext
+    ) -> Tensor:
+        """The latents after the moves of step `ctx.step`. record: runs the model at latents and gives its maps."""
+        assert ctx.step is not None and ctx.total is not None
+        size, moves = self.schedule(ctx.step, ctx.total)
         for _ in range(moves):
             with torch.enable_grad():
                 latents = latents.detach().requires_grad_()
-                loss = self.loss(self.record(forward, layout, ctx, latents), layout, ctx)
-                if not loss.requires_grad:
-                    break
+                loss = self.loss(record(latents), layout, ctx)
                 (gradient,) = torch.autograd.grad(loss, latents)
-            if self.enough(loss, ctx.step):
-                break
             latents = latents.detach() - size * gradient
-        return latents.detach() - start
+            if self.enough(loss.detach(), len(latents)):
+                break
+        return latents.detach()
 
 
 def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, layer: Layer) -> Tensor:

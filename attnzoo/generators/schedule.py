@@ -136,6 +136,8 @@ class StepTracker:
         self._pipeline: weakref.ref[Any] | None = None
         self._scheduler: Any = None
         self._timesteps: Any = None
+        self._values: list[float] = []
+        self._seen: set[str] = set()  # branches that came at this step
         self._declared: int | None = None
         self._step = -1
         self._timestep: float | None = None
@@ -190,6 +192,8 @@ class StepTracker:
             total: int | None = self._declared
         elif hasattr(scheduler, "step_index") and getattr(scheduler, "timesteps", None) is not None:
             step, total = self._from_scheduler(scheduler)
+        elif getattr(scheduler, "num_inference_steps", None) is not None and hasattr(scheduler, "timesteps"):
+            step, total = self._from_timesteps(scheduler.timesteps, timestep, branch)
         else:
             step = total = None
         inside = parts if branch in _WHOLE and self._guided() else (branch,)
@@ -218,6 +222,31 @@ class StepTracker:
             self._run += 1
         self._step = int(step)
         return self._step, len(scheduler.timesteps)
+
+    def _from_timesteps(self, timesteps: Any, timestep: Any, branch: str) -> tuple[int | None, int | None]:
+        """The place of `timestep` in the schedule: for schedulers that keep no count (DDIM, PNDM).
+
+        PNDM's schedule holds one timestep twice: the second time is when a branch comes again.
+        """
+        if timesteps is not self._timesteps:
+            self._timesteps, self._step, self._seen = timesteps, -1, set()
+            self._values = [float(t) for t in timesteps]
+            self._run += 1
+        value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        if value not in self._values:
+            return None, None
+        here = self._step
+        if here < 0 or self._values[here] != value:
+            later = [i for i, v in enumerate(self._values) if v == value and i > here]
+            place = later[0] if later else self._values.index(value)
+        else:
+            again = branch in self._seen and here + 1 < len(self._values) and self._values[here + 1] == value
+            place = here + 1 if again else here
+        if place != here:
+            self._run += place < here
+            self._step, self._seen = place, set()
+        self._seen.add(branch)
+        return place, len(self._values)
 
     def _count(self, timestep: Any) -> int:
         value = float(timestep.reshape(-1)[0]) if isinstance(timestep, torch.Tensor) else float(timestep)

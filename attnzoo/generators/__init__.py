@@ -10,6 +10,7 @@ from attnzoo.generators.head_hunter import Hunt, head_hunter
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.ms_diffusion import GroundingResampler
 from attnzoo.generators.planning import plan
+from attnzoo.generators.processors import processor
 from attnzoo.generators.stya2k import AllToKeyAttention, StyleTransform
 from attnzoo.generators.window import density, window_mask
 
@@ -29,5 +30,6 @@ __all__ = [
     "head_hunter",
     "load_pipeline",
     "plan",
+    "processor",
     "window_mask",
 ]

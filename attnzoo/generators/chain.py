@@ -136,13 +136,21 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class Link:
-    """One method in one layer's chain. slot: the method's place in the phase; heads, branches: None for all of them."""
+    """One method in one layer's chain. slot: the method's place in the phase; heads, branches: None for all of them.
+
+    token: it acts only where the module's processor carries what this returns; None: everywhere.
+    """
 
     method: Method
     slot: int
     heads: tuple[int, ...] | None = None
     phase: Hashable = True
     branches: frozenset[str] | None = None
+    token: Callable[[], Any] | None = None
+
+    def meant_for(self, module: Any) -> bool:
+        """Whether it acts in `module` as it is now."""
+        return self.token is None or getattr(module.processor, "attnzoo_token", None) is self.token()
 
     def in_phase(self, phase: Hashable) -> Link:
         """The same in a forward whose phase for this method is `phase`."""

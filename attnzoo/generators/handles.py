@@ -78,11 +78,20 @@ def find_targets(pipe_or_model: Any) -> list[Target]:
     return targets
 
 
+class Part(NamedTuple):
+    """One method on one denoiser. name: the pipeline's component, "" for a bare model."""
+
+    name: str
+    denoiser: Denoiser
+    method: Method
+    schedule: Schedule
+
+
 class Handle:
     """The methods that one `enable` call switched on. Leaving a `with` block disables it."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[str, Denoiser, Method, Schedule]] = []
+        self._parts: list[Part] = []
 
     def disable(self) -> None:
         """Take the methods away; the last handle on a denoiser takes the hooks with it. Twice does no harm."""
@@ -110,6 +119,11 @@ class Handle:
             raise ValueError("new_run on a handle that is disabled")
         for tracker in {id(d.tracker): d.tracker for _, d, _, _ in self._parts}.values():
             tracker.new_run(total)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every method on every denoiser."""
+        return list(self._parts)
 
     def methods(self, name: str) -> list[Method]:
         """The objects of the method `name`, one per denoiser. Raises KeyError where this handle has none."""
@@ -212,7 +226,7 @@ def enable(
             for made, schedule in built:
                 denoiser.add(made, schedule)
                 denoiser.owners[made.name] = handle
-                handle._parts.append((target.name, denoiser, made, schedule))
+                handle._parts.append(Part(target.name, denoiser, made, schedule))
     return handle
 
 

@@ -58,6 +58,7 @@ class Denoiser:
             (self.hooks if kind == "self" else self.others)[name] = AttentionHook(self, name, index, role)
             self._modules[name] = module
         self._attached: set[str] = set()
+        self._tokens: dict[Method, Callable[[], Any]] = {}
         self._around: tuple[int, ...] = ()  # slots of the methods around the whole forward, outermost first
         self._created: list[nn.Module] = []
         self._outer: dict[nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = {}
@@ -148,15 +149,21 @@ class Denoiser:
     def remove(self, method: Method) -> None:
         """Take `method` out of every chain, and free what it keeps."""
         self.methods = [(m, s) for m, s in self.methods if m is not method]
+        self._tokens.pop(method, None)
         self._relink()
         method.forget()
+
+    def only_under(self, method: Method, token: Callable[[], Any]) -> None:
+        """From now on `method` acts in modules whose processor carries `token()`, see `generators.processor`."""
+        self._tokens[method] = token
+        self._relink()
 
     def _relink(self) -> None:
         order = sorted(range(len(self.methods)), key=lambda slot: self.methods[slot][0].stage)
         chain = [(slot, *self.methods[slot]) for slot in order]
         for name, hook in {**self.hooks, **self.others}.items():
             hook.links = tuple(
-                Link(m, slot, s.heads, branches=s.branches)
+                Link(m, slot, s.heads, branches=s.branches, token=self._tokens.get(m))
                 for slot, m, s in chain
                 if name in s.layers and hook.role in m.roles
             )

@@ -61,7 +61,7 @@ class AttentionHook(ModelHook):
                 f"{self.name} ran outside of its model's forward, so its token layout is unknown (gradient "
                 "checkpointing recomputes blocks so; it is not supported while a method is enabled)"
             )
-        acting = [(link, frame.phase[link.slot]) for link in self.links]
+        acting = [(link, frame.phase[link.slot]) for link in self.links if link.meant_for(module)]
         links = tuple(link.in_phase(phase) for link, phase in acting if phase is not False)
         if not links:
             return self.fn_ref.original_forward(*args, **kwargs)

@@ -24,10 +24,12 @@ from attnzoo.generators.schedule import (
     choose_steps,
 )
 from attnzoo.generators.soft_pag import SoftPAG
+from attnzoo.generators.t_gate import TGate
 
 METHODS: dict[str, type[Method]] = {
     "gna": GNA,
     "soft_pag": SoftPAG,
+    "t_gate": TGate,
 }
 
 _switching = threading.RLock()

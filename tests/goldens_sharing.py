@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from attnzoo import generators
 from attnzoo.generators.chain import Layer
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.pab import broadcast_schedule
 from attnzoo.generators.soft_pag import SoftPAG, perturbed_guidance
 from attnzoo.generators.t_gate import gate_flags
 
@@ -158,7 +159,17 @@ def _tgate(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]
     }
 
 
+def _pab_schedule(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    timesteps, found = tensors["in.timesteps"].tolist(), {}
+    for kind in ("spatial", "temporal", "cross"):
+        every = config[f"{kind}_range"] if config[f"{kind}_broadcast"] else 1
+        reuse = broadcast_schedule(timesteps, every, tuple(config[f"{kind}_threshold"]))
+        found[f"out.{kind}_reuse"] = torch.stack([reuse, reuse])
+    return found
+
+
 _SYSTEMS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
+    "pab_schedule": _pab_schedule,
     "pag": _pag,
     "tgate": _tgate,
 }

@@ -15,6 +15,7 @@ from attnzoo.generators.adapters import FAMILIES, REFUSED, Family, family_of
 from attnzoo.generators.chain import Method
 from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
+from attnzoo.generators.pab import PAB
 from attnzoo.generators.schedule import (
     Schedule,
     StepTracker,
@@ -28,6 +29,7 @@ from attnzoo.generators.t_gate import TGate
 
 METHODS: dict[str, type[Method]] = {
     "gna": GNA,
+    "pab": PAB,
     "soft_pag": SoftPAG,
     "t_gate": TGate,
 }

@@ -19,13 +19,32 @@ from attnzoo.kernels import dispatch
 _MODULES = {
     "goldens_kernels": ("natten",),
     "goldens_backbones": ("dinat",),
-    "goldens_hosts": ("agent_attention", "inline_attention", "moh"),
+    "goldens_hosts": (
+        "agent_attention",
+        "inline_attention",
+        "moh",
+    ),
     "goldens_vsa": ("vsa",),
     "goldens_transnext": ("transnext",),
-    "goldens_timm": ("maxvit", "davit", "halonet", "shvit", "mambaout"),
-    "goldens_fan": ("fan", "tapadl"),
-    "goldens_linear": ("care", "flowformer"),
-    "goldens_sigmoid": ("sigmoid_attention", "flare"),
+    "goldens_timm": (
+        "maxvit",
+        "davit",
+        "halonet",
+        "shvit",
+        "mambaout",
+    ),
+    "goldens_fan": (
+        "fan",
+        "tapadl",
+    ),
+    "goldens_linear": (
+        "care",
+        "flowformer",
+    ),
+    "goldens_sigmoid": (
+        "sigmoid_attention",
+        "flare",
+    ),
     "goldens_shiftadd": ("shiftadd",),
     "goldens_medvit": ("medvitv2",),
     "goldens_blocks": (
@@ -38,12 +57,34 @@ _MODULES = {
         "dependencyvit_thirdparty",
         "msa_conv",
     ),
-    "goldens_restoration": ("hat", "a2n"),
-    "goldens_generators": ("gna", "moh_dit", "stya2k"),
-    "goldens_layout": ("ms_diffusion", "conform", "attention_regulation", "bounded_attention"),
-    "goldens_sharing": ("pag",),
-    "goldens_sparse": ("sparge_block_select", "seer_attention"),
-    "goldens_vlm": ("var", "pai"),
+    "goldens_restoration": (
+        "hat",
+        "a2n",
+    ),
+    "goldens_generators": (
+        "gna",
+        "moh_dit",
+        "stya2k",
+    ),
+    "goldens_layout": (
+        "ms_diffusion",
+        "conform",
+        "attention_regulation",
+        "bounded_attention",
+    ),
+    "goldens_sharing": (
+        "pag",
+        "tgate",
+        "pab_schedule",
+    ),
+    "goldens_sparse": (
+        "sparge_block_select",
+        "seer_attention",
+    ),
+    "goldens_vlm": (
+        "var",
+        "pai",
+    ),
 }
 # Variants (file stems without number) that are not run in float64, and why.
 FLOAT32_ONLY: dict[str, str] = {

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from attnzoo import generators
 from attnzoo.generators.chain import Layer
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.pab import broadcast_schedule
 from attnzoo.generators.soft_pag import SoftPAG, perturbed_guidance
+from attnzoo.generators.t_gate import gate_flags
 
 
 def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
@@ -104,7 +107,69 @@ def _pag(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     return found
 
 
+def _tgate(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    latents = tensors["in.latents"]
+    unet = diffusers.UNet2DConditionModel.from_config(config["unet"]).to(latents.dtype).eval()
+    unet.load_state_dict({n: t.to(latents.dtype) for n, t in _weights(tensors, "w.").items()}, strict=True)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        None, None, None, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    total = config["num_inference_steps"]
+    schedule = {name: config[name] for name in ("gate_step", "sp_interval", "fi_interval", "warm_up")}
+
+    def draw() -> Tensor:
+        steps: list[Tensor] = []
+
+        def note(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            steps.append(given["latents"].clone())
+            return given
+
+        pipe(
+            prompt_embeds=tensors["in.prompt_embeds"],
+            negative_prompt_embeds=tensors["in.negative_prompt_embeds"],
+            latents=latents,
+            guidance_scale=config["guidance_scale"],
+            num_inference_steps=total,
+            output_type="latent",
+            callback_on_step_end=note,
+        )
+        return torch.stack(steps)
+
+    plain, batches = draw(), []
+    handle = unet.conv_in.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+    with generators.enable(pipe, "t_gate", compat="official", **schedule) as gate:
+        gate.new_run(total)
+        gated = draw()
+    handle.remove()
+    return {
+        "out.latents_plain": plain,
+        "out.latents_tgate": gated,
+        "out.flags_cacache_careuse_sacache_sareuse_keepshape": gate_flags(total, **schedule),
+        "out.unet_batch": torch.tensor(batches),
+        "out.timesteps": scheduler.timesteps,
+    }
+
+
+def _pab_schedule(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    timesteps, found = tensors["in.timesteps"].tolist(), {}
+    for kind in ("spatial", "temporal", "cross"):
+        every = config[f"{kind}_range"] if config[f"{kind}_broadcast"] else 1
+        reuse = broadcast_schedule(timesteps, every, tuple(config[f"{kind}_threshold"]))
+        found[f"out.{kind}_reuse"] = torch.stack([reuse, reuse])
+    return found
+
+
 _SYSTEMS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
+    "pab_schedule": _pab_schedule,
     "pag": _pag,
+    "tgate": _tgate,
 }
-assert diffusers

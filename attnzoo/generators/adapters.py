@@ -406,6 +406,9 @@ class Cosmos(_Volume):
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         return _patched((frames, height, width), self.config.patch_size)
 
+    def noise_level(self, given: Arguments) -> Any:
+        return given["timestep"] * 1000  # sigma / (sigma + 1); Cosmos 1 passes log(sigma) / 4, which has no such scale
+
     def num_context(self, given: Arguments) -> int:
         text = given["encoder_hidden_states"]
         return int((text[0] if isinstance(text, tuple) else text).shape[1])

@@ -61,12 +61,14 @@ class Method(ABC):
     """Base of the methods. One object serves one denoiser for the life of its handle.
 
     roles: of the modules it acts on; layers= chooses among these. moves_latents: it calls `Forward.move_latents`.
+    needs_noise_level: it reads `ctx.noise_level`, which costs one device synchronisation per forward.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
     roles: ClassVar[frozenset[str]] = SELF
     moves_latents: ClassVar[bool] = False
+    needs_noise_level: ClassVar[bool] = False
 
     def __init__(self, rank: int) -> None:
         """rank: axes of the model's grid. A method adds its own arguments, all by keyword, and checks them here."""

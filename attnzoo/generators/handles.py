@@ -19,6 +19,7 @@ from attnzoo.generators.conform import Conform
 from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
 from attnzoo.generators.ms_diffusion import MSDiffusion
+from attnzoo.generators.pab import PAB
 from attnzoo.generators.schedule import (
     Schedule,
     StepTracker,
@@ -30,6 +31,7 @@ from attnzoo.generators.schedule import (
 from attnzoo.generators.seer import Seer
 from attnzoo.generators.soft_pag import SoftPAG
 from attnzoo.generators.sparge import Sparge
+from attnzoo.generators.t_gate import TGate
 
 METHODS: dict[str, type[Method]] = {
     "attention_regulation": AttentionRegulation,
@@ -37,9 +39,11 @@ METHODS: dict[str, type[Method]] = {
     "conform": Conform,
     "gna": GNA,
     "ms_diffusion": MSDiffusion,
+    "pab": PAB,
     "seer": Seer,
     "soft_pag": SoftPAG,
     "sparge": Sparge,
+    "t_gate": TGate,
 }
 
 _switching = threading.RLock()

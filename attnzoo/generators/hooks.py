@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -192,6 +193,10 @@ class Denoiser:
         else:
             self._check_company()
             ctx = self.tracker.advance(self.family.timestep(given), self.branches._context, self.family.parts)
+            if any(m.needs_noise_level for m, _ in self.methods):
+                level = self.family.noise_level(given)
+                level = level.reshape(-1)[0] if isinstance(level, torch.Tensor) else level
+                ctx = replace(ctx, noise_level=float(level))
         self.frame = self.frame_for(given, ctx)
 
     def frame_for(self, given: Mapping[str, Any], ctx: StepContext) -> Frame:

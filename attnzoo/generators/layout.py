@@ -134,6 +134,7 @@ class StepContext:
     `handle.new_run(total)`, a scheduler without step_index). timestep: as the model got it, None inside a compiled
     whole model. branch: the name that the pipeline gave its call ("cond", "uncond"), "all" where it gave none.
     run: counts the denoising runs since the method was enabled, from 0.
+    noise_level: the timestep on the training schedule's scale, 1000 to 0, where a method asks for it.
     parts: the branches that the batch holds in equal parts, in their order ("uncond", "cond"), where the pipeline (or
     `enable(guidance=)`) says so; else the one branch of the call.
     """
@@ -144,3 +145,4 @@ class StepContext:
     branch: str = "all"
     run: int = 0
     parts: tuple[str, ...] = ("all",)
+    noise_level: float | None = None

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import Tensor, nn
 
+from attnzoo.generators import StepContext, TokenLayout, window_mask
+from attnzoo.generators.chain import Link, Method
+from attnzoo.generators.freeswim import DUAL, FreeSwim, inward_window
+from attnzoo.generators.interception import AttentionHook, Frame, Intercept
 from attnzoo.generators.seer import SeerGate, choose_by_ratio, choose_by_threshold, pooled_target
 from attnzoo.generators.sparge import block_scales, delta_lists, select_blocks
 from attnzoo.kernels import BlockSparsity, block_sparse_attention, edited_attention
@@ -15,7 +20,7 @@ from attnzoo.kernels.edited_attention import Visibility
 
 def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
     """See tests/goldens.py."""
-    systems = {"sparge_block_select": _sparge, "seer_attention": _seer_attention}
+    systems = {"sparge_block_select": _sparge, "seer_attention": _seer_attention, "freeswim": _freeswim}
     return systems[meta["system"]](meta, tensors, backend or "auto")
 
 
@@ -89,4 +94,28 @@ def _seer_target(c: dict[str, Any], tensors: dict[str, Tensor], backend: str) ->
     return {
         "output": pooled_target(query, key, c["bs"], c["sm_scale"], causal=c["causal"]),
         "attn_output": out.transpose(1, 2),
+    }
+
+
+def _through(method: Method, phase: Any, layout: TokenLayout, module: nn.Module, *inputs: Tensor) -> Tensor:
+    """A module of diffusers' with `method` on its attention call."""
+    hook = AttentionHook(None, "attn1", 0, "image")  # type: ignore[arg-type]
+    with torch.no_grad(), Intercept(hook, (Link(method, 0, phase=phase),), Frame(layout, StepContext(), (phase,))):
+        return module(*inputs)
+
+
+def _weights(tensors: dict[str, Tensor], prefix: str = "w.") -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _freeswim(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    c = meta["config"]
+    grid, hidden = (c["frames"], c["height"], c["width"]), tensors["in.hidden_states"]
+    base = (2 * c["d_h"] + 1, 2 * c["d_w"] + 1)
+    attention = WanAttention(hidden.shape[-1], c["heads"], c["head_dim"], eps=1e-6, processor=WanAttnProcessor())
+    attention.to(hidden.dtype).load_state_dict(_weights(tensors))
+    method = FreeSwim(3, base_grid=base, scale=c["attention_scale"], backend=backend)
+    return {
+        "out.mask": window_mask(grid, inward_window(grid, base)),
+        "out.out": _through(method, (DUAL, "cond"), TokenLayout(grid), attention, hidden),
     }

@@ -13,6 +13,7 @@ from torch import nn
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.adapters import FAMILIES, Family, family_of
 from attnzoo.generators.chain import Method
+from attnzoo.generators.freeswim import FreeSwim
 from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
 from attnzoo.generators.schedule import (
@@ -27,6 +28,7 @@ from attnzoo.generators.seer import Seer
 from attnzoo.generators.sparge import Sparge
 
 METHODS: dict[str, type[Method]] = {
+    "freeswim": FreeSwim,
     "gna": GNA,
     "seer": Seer,
     "sparge": Sparge,

@@ -118,9 +118,10 @@ class SeerGate(nn.Module):
     ) -> Tensor:
         """The gate's logits [B, heads, nq, nk].
 
-        query [B, heads, Nq, head_dim], key [B, heads_kv, Nk, head_dim]. mask: bool (False: -inf) or additive, such that
-        it broadcasts to the logits. rotary: (cos, sin) [B or 1, n, hidden_size], see `block_rotary`. seen: bool [B or 1, Nk], False
-        for keys that are left out of the pools; a block without any has logits of -inf.
+        query [B, heads, Nq, head_dim], key [B, heads_kv, Nk, head_dim].
+        mask: bool (False: -inf) or additive, such that it broadcasts to the logits.
+        rotary: (cos, sin) [B or 1, n, hidden_size], see `block_rotary`.
+        seen: bool [B or 1, Nk], False for keys that are left out of the pools; a block without any has logits of -inf.
         """
         q = _pooled(query, self.block_size, self.query_pools, None)
         k = _pooled(key, self.block_size, self.key_pools, seen)
@@ -351,7 +352,7 @@ class Seer(BlockMethod):
             gates = SeerGates.load(gates)
         if not isinstance(gates, Mapping | nn.ModuleDict) or not all(isinstance(g, SeerGate) for g in gates.values()):
             raise TypeError(f"gates must be a SeerGates or a path, got {type(gates).__name__}")
-        sizes = {int(gate.block_size) for gate in gates.values()}
+        sizes = {gate.block_size for gate in gates.values() if isinstance(gate, SeerGate)}
         if len(sizes) != 1:
             raise ValueError(f"gates must be of one block_size, got {sorted(sizes)}")
         super().__init__(rank, block_size=sizes.pop(), qk_int8=qk_int8, skip_threshold=skip_threshold, backend=backend)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
 from attnzoo.generators import StepContext, TokenLayout, window_mask
+from attnzoo.generators.agent import EARLY, Agent
 from attnzoo.generators.chain import Link, Method
 from attnzoo.generators.freeswim import DUAL, FreeSwim, inward_window
 from attnzoo.generators.interception import AttentionHook, Frame, Intercept
@@ -20,7 +23,12 @@ from attnzoo.kernels.edited_attention import Visibility
 
 def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
     """See tests/goldens.py."""
-    systems = {"sparge_block_select": _sparge, "seer_attention": _seer_attention, "freeswim": _freeswim}
+    systems = {
+        "sparge_block_select": _sparge,
+        "seer_attention": _seer_attention,
+        "freeswim": _freeswim,
+        "agent_attention_sd": _agent,
+    }
     return systems[meta["system"]](meta, tensors, backend or "auto")
 
 
@@ -119,3 +127,36 @@ def _freeswim(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) ->
         "out.mask": window_mask(grid, inward_window(grid, base)),
         "out.out": _through(method, (DUAL, "cond"), TokenLayout(grid), attention, hidden),
     }
+
+
+def _agent(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    """The method inside diffusers' own transformer block, with the authors' weights and a plain feed-forward."""
+    c, x, context = meta["config"], tensors["in.x"], tensors["in.context"]
+    weights, dim = _weights(tensors), tensors["in.x"].shape[-1]
+    model = nn.Module()
+    block = BasicTransformerBlock(dim, c["heads"], c["head_dim"], cross_attention_dim=context.shape[-1])
+    hidden = weights["ff.0.weight"].shape[0]
+    block.ff = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))  # type: ignore[assignment]
+    block.to(x.dtype).load_state_dict(weights)
+    model.block = block
+    got: dict[str, Any] = {}
+    method = Agent(
+        2,
+        ratio=c["ratio"],
+        agent_ratio=c["agent_ratio"],
+        cell=(c["sy"], c["sx"]),
+        early_steps=1.0,
+        k_scale2=c["k_scale2"],
+        k_shortcut=c["k_shortcut"],
+        max_downsample=c["max_downsample"],
+        compat="official",
+        watch=lambda name, tensor: got.setdefault(f"out.{name}", tensor),
+    )
+    hook = AttentionHook(SimpleNamespace(frame=None), "block.attn1", 0, "image")  # type: ignore[arg-type]
+    hook.links = (Link(method, 0),)
+    hook.fn_ref = SimpleNamespace(original_forward=block.attn1.forward)
+    hook.denoiser.frame = Frame(TokenLayout(tuple(c["grid"]), pyramid=True), StepContext(), (EARLY,))
+    block.attn1.forward = lambda *args, **kwargs: hook.new_forward(block.attn1, *args, **kwargs)
+    with torch.no_grad(), method.watching(model, ["block.attn1"]):
+        got["out.block_out"] = block(x, encoder_hidden_states=context)
+    return got

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnzoo.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from attnzoo.generators.chain import Method
     from attnzoo.generators.hooks import Denoiser, Frame
 
 
@@ -55,6 +56,10 @@ class Forward:
             ctx = ctx if parts is None else replace(ctx, parts=parts)
             frame = self._denoiser.frame_for(given, ctx)
         return self._denoiser.run(given, frame, self._stock, self._slot)
+
+    def layers(self, method: Method) -> list[str]:
+        """Names of the modules that `method` acts on."""
+        return self._denoiser.layers_of(method)
 
     def move_latents(self, shift: Tensor) -> None:
         """Add `shift` to the pipeline's latents before its scheduler takes this step.

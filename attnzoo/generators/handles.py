@@ -12,6 +12,7 @@ from torch import nn
 
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.adapters import FAMILIES, Family, family_of
+from attnzoo.generators.agent import Agent
 from attnzoo.generators.chain import Method
 from attnzoo.generators.freeswim import FreeSwim
 from attnzoo.generators.gna import GNA
@@ -28,6 +29,7 @@ from attnzoo.generators.seer import Seer
 from attnzoo.generators.sparge import Sparge
 
 METHODS: dict[str, type[Method]] = {
+    "agent": Agent,
     "freeswim": FreeSwim,
     "gna": GNA,
     "seer": Seer,

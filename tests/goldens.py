@@ -40,7 +40,7 @@ _MODULES = {
     ),
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna",),
-    "goldens_sparse": ("sparge_block_select", "seer_attention", "freeswim", "agent_attention_sd"),
+    "goldens_sparse": ("sparge_block_select", "seer_attention", "freeswim", "agent_attention_sd", "video_infinity"),
     "goldens_vlm": ("var", "pai"),
 }
 # Variants (file stems without number) that are not run in float64, and why.

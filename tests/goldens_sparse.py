@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from attnzoo.generators.freeswim import DUAL, FreeSwim, inward_window
 from attnzoo.generators.interception import AttentionHook, Frame, Intercept
 from attnzoo.generators.seer import SeerGate, choose_by_ratio, choose_by_threshold, pooled_target
 from attnzoo.generators.sparge import block_scales, delta_lists, select_blocks
+from attnzoo.generators.video_infinity import VideoInfinity
 from attnzoo.kernels import BlockSparsity, block_sparse_attention, edited_attention
 from attnzoo.kernels.edited_attention import Visibility
 
@@ -28,6 +30,7 @@ def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = 
         "seer_attention": _seer_attention,
         "freeswim": _freeswim,
         "agent_attention_sd": _agent,
+        "video_infinity": _video_infinity,
     }
     return systems[meta["system"]](meta, tensors, backend or "auto")
 
@@ -160,3 +163,33 @@ def _agent(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> di
     with torch.no_grad(), method.watching(model, ["block.attn1"]):
         got["out.block_out"] = block(x, encoder_hidden_states=context)
     return got
+
+
+def _video_infinity(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str) -> dict[str, Any]:
+    """All ranks' clips in one process; tests/test_generators_video_infinity.py has two processes."""
+    c, hidden = meta["config"], tensors["in.hidden_states"]
+    ranks, places, frames, dim = hidden.shape
+    attention = Attention(dim, heads=c["heads"], dim_head=c["head_dim"]).to(hidden.dtype)
+    attention.load_state_dict(_weights(tensors))
+    names = {"t": "t", "local_biase": "local_bias", "global_biase": "global_bias"}
+    moving = c["dynamic_scale"] or {}
+    phases = {
+        name: {names[key]: number for key, number in moving[name].items()}
+        for name in ("local_phase", "global_phase")
+        if name in moving
+    }
+    method = VideoInfinity(
+        3,
+        padding=c["padding"],
+        top_k=c["top_k"],
+        attn_scale=c["attn_scale"],
+        token_num_scale=c["token_num_scale"],
+        clips=ranks,
+        compat="official",
+        backend=backend,
+        **phases,
+    )
+    phase = method.phase(StepContext(timestep=float(moving.get("t", 0.0))))
+    video = hidden.transpose(0, 1).reshape(places, ranks * frames, dim)
+    out = _through(method, phase, TokenLayout((ranks * frames, 1, 1)), attention, video)
+    return {"out.out": out.view(places, ranks, frames, dim).transpose(0, 1)}

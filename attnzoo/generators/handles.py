@@ -27,6 +27,7 @@ from attnzoo.generators.schedule import (
 )
 from attnzoo.generators.seer import Seer
 from attnzoo.generators.sparge import Sparge
+from attnzoo.generators.video_infinity import VideoInfinity
 
 METHODS: dict[str, type[Method]] = {
     "agent": Agent,
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
     "gna": GNA,
     "seer": Seer,
     "sparge": Sparge,
+    "video_infinity": VideoInfinity,
 }
 
 _switching = threading.RLock()

@@ -12,11 +12,13 @@ from torch import nn
 
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.adapters import FAMILIES, Family, family_of
+from attnzoo.generators.adaspa import AdaSpa
 from attnzoo.generators.agent import Agent
 from attnzoo.generators.chain import Method
 from attnzoo.generators.freeswim import FreeSwim
 from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
+from attnzoo.generators.paro import Paro
 from attnzoo.generators.schedule import (
     Schedule,
     StepTracker,
@@ -30,9 +32,11 @@ from attnzoo.generators.sparge import Sparge
 from attnzoo.generators.video_infinity import VideoInfinity
 
 METHODS: dict[str, type[Method]] = {
+    "adaspa": AdaSpa,
     "agent": Agent,
     "freeswim": FreeSwim,
     "gna": GNA,
+    "paro": Paro,
     "seer": Seer,
     "sparge": Sparge,
     "video_infinity": VideoInfinity,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.errors import UnsupportedError, check_flag, check_range, check_tensor
-from attnzoo.generators.blocks import BlockMethod, Choice, num_blocks
+from attnzoo.generators.blocks import BlockMethod, Choice, grid_of, num_blocks
 from attnzoo.generators.chain import Layer, Next
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.tables import load_table, save_table
@@ -444,15 +444,9 @@ class Seer(BlockMethod):
         return super().attend(query, key, value, mask, layout, ctx, layer, next)
 
     def choose(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seen: Tensor | None,
-        layout: TokenLayout,
-        ctx: StepContext,
-        layer: Layer,
+        self, query: Tensor, key: Tensor, seen: Tensor | None, layout: TokenLayout, ctx: StepContext, layer: Layer
     ) -> Choice | None:
+        key, seen = grid_of(layout, key), None if seen is None else grid_of(layout, seen, 1)
         logits = self.logits(query, key, seen, layer.name)
         if self.nz_ratio is not None:
             return Choice(choose_by_ratio(logits, self.nz_ratio))

@@ -80,6 +80,9 @@ _MODULES = {
     "goldens_sparse": (
         "sparge_block_select",
         "seer_attention",
+        "freeswim",
+        "agent_attention_sd",
+        "video_infinity",
     ),
     "goldens_vlm": (
         "var",

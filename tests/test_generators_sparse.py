@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 pytest.importorskip("diffusers")
 
-from generator_models import as_double, build, draw, flux_pipeline, is_clean, run
+from generator_models import Case, as_double, build, draw, flux_pipeline, is_clean, run
 
 from attnzoo.errors import UnsupportedError
 from attnzoo.generators import enable
 from attnzoo.generators.blocks import Choice
 from attnzoo.generators.chain import Layer
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.paro import calibrate_paro
 from attnzoo.generators.seer import SeerGate, SeerGates, choose_by_ratio, distillation_loss, pooled_target
 from attnzoo.generators.sparge import Sparge, select_blocks
 from attnzoo.generators.tables import HeadTable, load_table, save_table
@@ -167,19 +168,31 @@ def test_selection_says_what_it_says() -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "sparge": {"topk": 0.4, "block_size": (4, 4)},
     "seer": {"nz_ratio": 0.4},
+    "adaspa": {"sparsity": 0.6, "block_size": 4, "search_steps": (0, 2)},
+    "paro": {},
 }
 
 
-def options_of(name: str, model: torch.nn.Module) -> dict[str, Any]:
+def options_of(name: str, case: Case) -> dict[str, Any]:
     """The method's options for this model."""
+    model = case.model
     if name == "seer":
         torch.manual_seed(3)
         dtype = next(model.parameters()).dtype
         return {**OPTIONS[name], "gates": SeerGates.for_model(model, block_size=4).to(dtype)}
+    if name == "paro":
+        return {"tables": calibrate_paro(model, lambda: run(case), new_run=1, **PARO)}
     return OPTIONS[name]
 
 
-NEUTRAL: dict[str, dict[str, Any]] = {"sparge": {"topk": 1.0}}
+PARO = {"block_size": 4, "density": 0.4}
+
+
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "sparge": {"topk": 1.0},
+    "adaspa": {"sparsity": 0.0},
+    "paro": {"record": "order"},
+}
 LATER = ["flux", "hunyuan_video", "unet", "pixart", "sd3", "wan", "cogvideox", "ltx", "qwen_image", "dit"]
 
 
@@ -191,15 +204,21 @@ def test_on_every_family(name: str, family: str) -> None:
     if name in NEUTRAL:
         with enable(case.model, name, **NEUTRAL[name]):
             assert torch.equal(run(case), dense)
-    with enable(case.model, name, **options_of(name, case.model)) as handle:
+    with enable(case.model, name, **options_of(name, case)) as handle:
+        handle.new_run(4)
         out = run(case)
+        if name == "adaspa":  # the first search is dense
+            assert torch.equal(out, dense)
+            out = run(case, timestep=case.inputs["timestep"] - 1)
         row = handle.report()["denoisers"][0]
         assert row["layers"] and 0 < row["density"] < 1 and row["state_bytes"] > 0 and out.isfinite().all()
         (method,) = handle.methods(name)
         wide = as_double(build(family))
-    assert (out - dense).abs().max() > 1e-4 and torch.equal(run(case), dense) and is_clean(case.model)
+    dense = run(case, timestep=case.inputs["timestep"] - 1) if name == "adaspa" else dense
+    assert (out - dense).abs().max() > 1e-4 and is_clean(case.model)
     assert method.state_bytes() == 0
-    with enable(wide.model, name, **options_of(name, wide.model)):
+    with enable(wide.model, name, **options_of(name, wide)) as handle:
+        handle.new_run(4)
         assert run(wide).dtype == torch.float64
 
 

@@ -41,6 +41,20 @@ def num_blocks(num_tokens: int, block: int) -> int:
     return -(-num_tokens // block)
 
 
+def grid_of(layout: TokenLayout, tokens: Tensor, axis: int = 2) -> Tensor:
+    """The grid's tokens among all, along `axis`."""
+    return tokens.narrow(axis, layout.grid_start, layout.num_grid)
+
+
+def grid_first(layout: TokenLayout, tokens: Tensor, axis: int = 2) -> Tensor:
+    """All tokens, the grid's before the others, along `axis`."""
+    if layout.grid_start == 0:
+        return tokens
+    stop = layout.grid_start + layout.num_grid
+    rest = tokens.narrow(axis, 0, layout.grid_start), tokens.narrow(axis, stop, layout.length - stop)
+    return torch.cat([grid_of(layout, tokens, axis), *rest], axis)
+
+
 def visible_keys(mask: Tensor | None) -> Tensor | None:
     """bool [B or 1, M] where `mask` is the same for all heads and queries and bool, else None."""
     if mask is not None and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
@@ -89,19 +103,12 @@ class BlockMethod(Method):
 
     @abstractmethod
     def choose(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seen: Tensor | None,
-        layout: TokenLayout,
-        ctx: StepContext,
-        layer: Layer,
+        self, query: Tensor, key: Tensor, seen: Tensor | None, layout: TokenLayout, ctx: StepContext, layer: Layer
     ) -> Choice | None:
         """Which blocks the grid's queries see; None where this call is dense, which takes the model's own attention.
 
-        query [B, heads, num_grid, head_dim], key and value [B, heads_kv, num_grid, head_dim]: the grid's own; seen:
-        bool [B or 1, num_grid] or None, False for keys of the grid that a mask hides from all.
+        query [B, heads, num_grid, head_dim]: the grid's; key [B, heads_kv, length, head_dim]: all of them, see
+        `grid_of`; seen: bool [B or 1, length] or None, False for keys that a mask hides from all.
         """
 
     def expected(self, layout: TokenLayout) -> float | None:
@@ -150,11 +157,9 @@ class BlockMethod(Method):
                 f"{query.shape[-2]} and {key.shape[-2]}: another method changed them"
             )
         start, stop = layout.grid_start, layout.grid_start + layout.num_grid
-        seen = visible_keys(mask)
-        own = None if seen is None else seen[:, start:stop]
-        q, k, v = (t[:, :, start:stop] for t in (query, key, value))
+        q = query[:, :, start:stop]
         with torch.no_grad():
-            choice = self.choose(q, k, v, own, layout, ctx, layer)
+            choice = self.choose(q, key, visible_keys(mask), layout, ctx, layer)
         if choice is None:
             return next(query, key, value, mask)
         if not torch.compiler.is_compiling():

@@ -7,7 +7,7 @@ and around the denoiser's forward (`denoise`); it overrides what it needs, and c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from attnzoo.generators.forward import Forward
 
 Next = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-Call = Callable[[], Any]
 
 SELF = frozenset({"joint", "image"})
 CROSS = frozenset({"cross"})
@@ -40,6 +39,28 @@ class Stage(IntEnum):
     MASK = 2
     POST_MIX = 3
     KERNEL = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A module's call as `Method.around` sees it: `call()` runs the rest of the chain and at its end the module.
+
+    module, args, kwargs: what is called and with what.
+    """
+
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    layout: TokenLayout
+    run: Callable[[tuple[Any, ...], Mapping[str, Any], TokenLayout], Any]
+
+    def __call__(self, *args: Any, layout: TokenLayout | None = None, **kwargs: Any) -> Any:
+        """Run with `args` in the place of the first ones and `kwargs` in the place of those of their names.
+
+        layout: the tokens of the changed call, where a method changed their number.
+        """
+        layout = self.layout if layout is None else layout
+        return self.run((*args, *self.args[len(args) :]), {**self.kwargs, **kwargs}, layout)
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,8 @@ class Method(ABC):
 
     def around(self, call: Call, layout: TokenLayout, ctx: StepContext, layer: Layer) -> Any:
         """One module: `call()` runs it and returns its output, a tensor or a tuple of them; or return another in its
-        place. layout: the whole forward's. Inside torch.compile read `layer.phase`, not `ctx`.
+        place. `call(*args, **kwargs)` runs it with other arguments. layout: the whole forward's. Inside torch.compile
+        read `layer.phase`, not `ctx`.
         """
         return call()
 
@@ -247,10 +269,10 @@ def run_chain(
     return links[0].attend(query, key, value, mask, layout, ctx, layer, following)
 
 
-def run_around(links: tuple[Link, ...], layout: TokenLayout, ctx: StepContext, layer: Layer, stock: Call) -> Any:
-    """The links that stand around a module, in their order around `stock`."""
+def run_around(links: tuple[Link, ...], layout: TokenLayout, ctx: StepContext, layer: Layer, call: Call) -> Any:
+    """The links that stand around a module, in their order around `call`."""
     if not links:
-        return stock()
+        return call.run(call.args, call.kwargs, layout)
     link, rest = links[0], links[1:]
     if link.only_some(ctx):
         raise UnsupportedError(
@@ -258,4 +280,8 @@ def run_around(links: tuple[Link, ...], layout: TokenLayout, ctx: StepContext, l
             f"branches={sorted(link.branches or ())} can't be told apart"
         )
     own = layer if link.phase is True else replace(layer, phase=link.phase)
-    return link.method.around(lambda: run_around(rest, layout, ctx, layer, stock), layout, ctx, own)
+
+    def following(args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: TokenLayout) -> Any:
+        return run_around(rest, layout, ctx, layer, replace(call, args=args, kwargs=kwargs))
+
+    return link.method.around(replace(call, layout=layout, run=following), layout, ctx, own)

@@ -13,6 +13,7 @@ from attnzoo.errors import UnsupportedError
 from attnzoo.generators.adapters import Family
 
 if TYPE_CHECKING:
+    from attnzoo.generators.chain import Method
     from attnzoo.generators.hooks import Denoiser, Frame
 
 
@@ -44,15 +45,17 @@ class Forward:
         """Name of the latents among the arguments."""
         return "sample" if "sample" in self.given else "hidden_states"
 
-    def __call__(self, *, branch: str | None = None, **changed: Any) -> Any:
+    def __call__(self, *, branch: str | None = None, parts: tuple[str, ...] | None = None, **changed: Any) -> Any:
         """Run with `changed` arguments in place of the given ones; branch: name of the branch that this call is.
 
+        parts: the branches that its batch holds in equal parts, where it is not the one branch.
         Token layout and phases are those of the new call; the step is the same. Returns what the model returns.
         """
         given = {**self.given, **changed}
         frame = self._frame
-        if changed or branch is not None:
+        if changed or branch is not None or parts is not None:
             ctx = frame.ctx if branch is None else replace(frame.ctx, branch=branch, parts=(branch,))
+            ctx = ctx if parts is None else replace(ctx, parts=parts)
             frame = self._denoiser.frame_for(given, ctx)
         return self._denoiser.run(given, frame, self._stock, self._slot)
 
@@ -76,6 +79,10 @@ class Forward:
             raise UnsupportedError(f"a batch of {batch} holds no {branch!r} among {len(parts)} equal parts ({parts})")
         size, place = batch // len(parts), parts.index(branch)
         return take_rows(self.given, slice(place * size, (place + 1) * size), batch, self.family)
+
+    def layers(self, method: Method) -> list[str]:
+        """Names of the modules that `method` acts on."""
+        return self._denoiser.layers_of(method)
 
     def move_latents(self, shift: Tensor) -> None:
         """Add `shift` to the pipeline's latents before its scheduler takes this step.
@@ -131,3 +138,18 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
     if type(output) is tuple:
         return (new, *output[1:])
     return type(output)(**{**dict(output), next(iter(dict(output))): new})
+
+
+def map_batch(given: Mapping[str, Any], batch: int, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """`given` with `change` applied to every tensor of `batch` rows, in dicts, lists and tuples too."""
+
+    def mapped(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value) if value.ndim and value.shape[0] == batch else value
+        if isinstance(value, dict):
+            return {name: mapped(entry) for name, entry in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(mapped(entry) for entry in value)
+        return value
+
+    return {name: mapped(value) for name, value in given.items()}

@@ -12,14 +12,9 @@ from torch import nn
 
 from attnzoo.errors import UnsupportedError, check_choice, per_axis
 from attnzoo.generators.adapters import FAMILIES, REFUSED, Family, family_of
-from attnzoo.generators.attention_regulation import AttentionRegulation
-from attnzoo.generators.bounded_attention import BoundedAttention
 from attnzoo.generators.chain import Method
-from attnzoo.generators.conform import Conform
-from attnzoo.generators.gna import GNA
 from attnzoo.generators.hooks import Denoiser, denoiser_of
-from attnzoo.generators.ms_diffusion import MSDiffusion
-from attnzoo.generators.pab import PAB
+from attnzoo.generators.methods import METHODS
 from attnzoo.generators.schedule import (
     Schedule,
     StepTracker,
@@ -28,23 +23,6 @@ from attnzoo.generators.schedule import (
     choose_layers,
     choose_steps,
 )
-from attnzoo.generators.seer import Seer
-from attnzoo.generators.soft_pag import SoftPAG
-from attnzoo.generators.sparge import Sparge
-from attnzoo.generators.t_gate import TGate
-
-METHODS: dict[str, type[Method]] = {
-    "attention_regulation": AttentionRegulation,
-    "bounded_attention": BoundedAttention,
-    "conform": Conform,
-    "gna": GNA,
-    "ms_diffusion": MSDiffusion,
-    "pab": PAB,
-    "seer": Seer,
-    "soft_pag": SoftPAG,
-    "sparge": Sparge,
-    "t_gate": TGate,
-}
 
 _switching = threading.RLock()
 

@@ -178,6 +178,11 @@ class Denoiser:
         if registry is not None:
             registry.invalidate_child_registries_cache()
 
+    def layers_of(self, method: Method) -> list[str]:
+        """Names of the modules that `method` acts on, in the model's order."""
+        chosen = next(s.layers for m, s in self.methods if m is method)
+        return [name for name in self.names(method.roles) if name in chosen]
+
     # ---------------------------------------------------------------- one forward
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ F.scaled_dot_product_attention around the unchanged processor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnzoo.errors import SeamError, UnsupportedError
 from attnzoo.generators.adapters import Family
-from attnzoo.generators.chain import MLP, SELF, Layer, Link, Method, run_around, run_chain
+from attnzoo.generators.chain import MLP, SELF, Call, Layer, Link, Method, run_around, run_chain
 from attnzoo.generators.layout import StepContext, TokenLayout
 
 if TYPE_CHECKING:
@@ -70,13 +70,14 @@ class AttentionHook(ModelHook):
             return self._intercepted(links, frame, module, args, kwargs)
         layer = Layer(self.name, self.index, role=self.role)
 
-        def stock() -> Any:
-            return self._intercepted(links, frame, module, args, kwargs)
+        def stock(args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: TokenLayout) -> Any:
+            own = frame if layout is frame.layout else replace(frame, layout=layout)
+            return self._intercepted(links, own, module, args, kwargs)
 
-        return run_around(outer, frame.layout, frame.ctx, layer, stock)
+        return run_around(outer, frame.layout, frame.ctx, layer, Call(module, args, kwargs, frame.layout, stock))
 
     def _intercepted(
-        self, links: tuple[Link, ...], frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, links: tuple[Link, ...], frame: Frame, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """The module with its attention call answered by those links that attend."""
         links = tuple(link for link in links if link.method.overrides("attend"))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.errors import UnsupportedError, check_flag, check_range, check_tensor
-from attnzoo.generators.blocks import BlockMethod, Choice, num_blocks
+from attnzoo.generators.blocks import BlockMethod, Choice, grid_of, num_blocks
 from attnzoo.generators.chain import Layer, Next
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.tables import load_table, save_table
@@ -118,9 +118,10 @@ class SeerGate(nn.Module):
     ) -> Tensor:
         """The gate's logits [B, heads, nq, nk].
 
-        query [B, heads, Nq, head_dim], key [B, heads_kv, Nk, head_dim]. mask: bool (False: -inf) or additive, such that
-        it broadcasts to the logits. rotary: (cos, sin) [B or 1, n, hidden_size], see `block_rotary`. seen: bool
-        [B or 1, Nk], False for keys that are left out of the pools; a block without any has logits of -inf.
+        query [B, heads, Nq, head_dim], key [B, heads_kv, Nk, head_dim].
+        mask: bool (False: -inf) or additive, such that it broadcasts to the logits.
+        rotary: (cos, sin) [B or 1, n, hidden_size], see `block_rotary`.
+        seen: bool [B or 1, Nk], False for keys that are left out of the pools; a block without any has logits of -inf.
         """
         q = _pooled(query, self.block_size, self.query_pools, None)
         k = _pooled(key, self.block_size, self.key_pools, seen)
@@ -443,15 +444,9 @@ class Seer(BlockMethod):
         return super().attend(query, key, value, mask, layout, ctx, layer, next)
 
     def choose(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seen: Tensor | None,
-        layout: TokenLayout,
-        ctx: StepContext,
-        layer: Layer,
+        self, query: Tensor, key: Tensor, seen: Tensor | None, layout: TokenLayout, ctx: StepContext, layer: Layer
     ) -> Choice | None:
+        key, seen = grid_of(layout, key), None if seen is None else grid_of(layout, seen, 1)
         logits = self.logits(query, key, seen, layer.name)
         if self.nz_ratio is not None:
             return Choice(choose_by_ratio(logits, self.nz_ratio))

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnzoo.errors import check_choice, check_flag, check_range, check_same, check_tensor, per_axis
-from attnzoo.generators.blocks import BlockMethod, Choice, num_blocks
+from attnzoo.generators.blocks import BlockMethod, Choice, grid_of, num_blocks
 from attnzoo.generators.chain import Layer, Next
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.tables import HeadTable
@@ -349,15 +349,9 @@ class Sparge(BlockMethod):
         ).mask
 
     def choose(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seen: Tensor | None,
-        layout: TokenLayout,
-        ctx: StepContext,
-        layer: Layer,
+        self, query: Tensor, key: Tensor, seen: Tensor | None, layout: TokenLayout, ctx: StepContext, layer: Layer
     ) -> Choice | None:
+        key, seen = grid_of(layout, key), None if seen is None else grid_of(layout, seen, 1)
         if layout.num_grid <= self.block_size[1]:  # one block of keys: nothing to choose
             return None
         return Choice(self._select(query, key, seen, layer))

@@ -1,0 +1,38 @@
+"""The methods by name: one line each."""
+
+from __future__ import annotations
+
+from attnzoo.generators.adaspa import AdaSpa
+from attnzoo.generators.agent import Agent
+from attnzoo.generators.attention_regulation import AttentionRegulation
+from attnzoo.generators.bounded_attention import BoundedAttention
+from attnzoo.generators.chain import Method
+from attnzoo.generators.conform import Conform
+from attnzoo.generators.freeswim import FreeSwim
+from attnzoo.generators.gna import GNA
+from attnzoo.generators.ms_diffusion import MSDiffusion
+from attnzoo.generators.pab import PAB
+from attnzoo.generators.paro import Paro
+from attnzoo.generators.seer import Seer
+from attnzoo.generators.soft_pag import SoftPAG
+from attnzoo.generators.sparge import Sparge
+from attnzoo.generators.t_gate import TGate
+from attnzoo.generators.video_infinity import VideoInfinity
+
+METHODS: dict[str, type[Method]] = {
+    "adaspa": AdaSpa,
+    "agent": Agent,
+    "attention_regulation": AttentionRegulation,
+    "bounded_attention": BoundedAttention,
+    "conform": Conform,
+    "freeswim": FreeSwim,
+    "gna": GNA,
+    "ms_diffusion": MSDiffusion,
+    "pab": PAB,
+    "paro": Paro,
+    "seer": Seer,
+    "soft_pag": SoftPAG,
+    "sparge": Sparge,
+    "t_gate": TGate,
+    "video_infinity": VideoInfinity,
+}

@@ -62,7 +62,7 @@ def plan(
         own = family.grid_at(name, shape)
         joint = role == "joint"
         layout = TokenLayout(own, num_text if joint else 0, family.text if joint else "none")
-        share = made.density(layout) if name in chosen else 1.0
+        share = made.density(layout) if name in chosen and made.reaches(own, shape) else 1.0
         flops = 4.0 * layout.length**2 * _width(module)
         dense, computed = dense + flops, computed + share * flops
         if name in chosen:

@@ -15,7 +15,7 @@ import diffusers
 from generator_models import as_double, build, is_clean, run
 
 from attnzoo.errors import UnsupportedError
-from attnzoo.generators import enable
+from attnzoo.generators import enable, plan
 from attnzoo.generators.agent import Agent
 from attnzoo.generators.layout import TokenLayout
 
@@ -165,6 +165,13 @@ def test_density_counts_what_is_computed() -> None:
     tokens, agents = 64 - 25, 64 - 60
     assert method.density(TokenLayout((8, 8))) == pytest.approx(2 * agents * tokens / 64**2)
     assert Agent(2, **NEUTRAL).density(TokenLayout((8, 8))) == 1.0
+    unet = build("unet").model
+    found = plan(unet, "agent", height=16, width=16, early_steps=1.0)
+    share = Agent(2, early_steps=1.0).density(TokenLayout((16, 16)))
+    upper, lower = 3 * 256**2 * 8, 4 * 64**2 * 16  # layers, pairs, width: down 1, up 2; down 1, up 2, middle 1
+    assert found["attention_flops"] / found["attention_flops_dense"] == pytest.approx(
+        (share * upper + lower) / (upper + lower)
+    )
 
 
 def test_two_models_and_another_method_beside_it() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +251,7 @@ def test_bad_input_is_refused_by_name() -> None:
         ({"topk": "half"}, TypeError, "topk"),
         ({"topk": {}}, ValueError, "topk"),
         ({"cdfthreshd": -0.1}, ValueError, "cdfthreshd"),
-        ({"pvthreshd": 0.0}, ValueError, "skip_threshold"),
+        ({"pvthreshd": 0.0}, ValueError, "pvthreshd"),
         ({"block_size": 0}, ValueError, "block_size"),
         ({"qk_int8": 1}, TypeError, "qk_int8"),
         ({"compat": "authors"}, ValueError, "compat"),
@@ -317,13 +316,38 @@ def test_a_whole_pipeline_and_its_report() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.latents, dense.latents))
 
 
-@pytest.mark.parametrize("wrap", [torch.compile])
-def test_compiled_equals_eager(wrap: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compiled_blocks_equal_eager_over_a_schedule(name: str) -> None:
+    torch._dynamo.reset()
+    case = build("flux")
+    options = options_of(name, case)
+
+    def outs() -> list[Tensor]:
+        with enable(case.model, name, **options) as handle:
+            handle.new_run(4)
+            return [run(case, timestep=case.inputs["timestep"] - 0.01 * i) for i in range(4)]
+
+    dense = run(case)
+    wanted = outs()
+    case.model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    counters = torch._dynamo.utils.counters["stats"]
+    got = outs()
+    made = counters["unique_graphs"]
+    for a, b in zip(outs(), got):
+        assert torch.equal(a, b)
+    assert counters["unique_graphs"] - made <= made
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got[-1], dense, atol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_compiled_whole_model_equals_eager() -> None:
     torch._dynamo.reset()
     case = build("dit")
     with enable(case.model, "sparge", topk=0.4, block_size=8):
         wanted = run(case)
-    compiled = wrap(case.model, fullgraph=True, backend="eager")
+    compiled = torch.compile(case.model, fullgraph=True, backend="eager")
     with enable(compiled, "sparge", topk=0.4, block_size=8), torch.no_grad():
         got = compiled(**case.inputs, return_dict=False)[0]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

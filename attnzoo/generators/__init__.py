@@ -9,8 +9,10 @@ from attnzoo.generators.handles import METHODS, Handle, enable
 from attnzoo.generators.head_hunter import Hunt, head_hunter
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.ms_diffusion import GroundingResampler
+from attnzoo.generators.paro import ParoTables, calibrate_paro
 from attnzoo.generators.planning import plan
 from attnzoo.generators.processors import processor
+from attnzoo.generators.seer import SeerGate, SeerGates
 from attnzoo.generators.stya2k import AllToKeyAttention, StyleTransform
 from attnzoo.generators.window import density, window_mask
 
@@ -22,8 +24,12 @@ __all__ = [
     "METHODS",
     "Handle",
     "Hunt",
+    "ParoTables",
+    "SeerGate",
+    "SeerGates",
     "StepContext",
     "TokenLayout",
+    "calibrate_paro",
     "density",
     "enable",
     "generate",

@@ -132,6 +132,9 @@ class Agent(Method):
             shares[phase] = min(2 * agents * tokens, tokens**2) / count**2
         return self.early_steps * shares[EARLY] + (1 - self.early_steps) * shares[LATE]
 
+    def reaches(self, grid: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+        return math.ceil(math.sqrt(math.prod(whole) // math.prod(grid))) <= self.max_downsample
+
     def phase(self, ctx: StepContext) -> Hashable:
         if self.early_steps in (0.0, 1.0):
             return EARLY if self.early_steps else LATE
@@ -173,10 +176,9 @@ class Agent(Method):
         own = layout.for_layer(layer.role, hidden.shape[1], layer.name)
         if own is None:
             raise UnsupportedError(f"{layer.name}: agent wants the layout's tokens, got {hidden.shape[1]}")
-        downsample = math.ceil(math.sqrt(layout.num_grid // own.num_grid))
         agent_ratio, (sy, sx) = self.phases[layer.phase if layer.phase in self.phases else self.phase(ctx)]  # type: ignore
         height, width = own.grid
-        if downsample > self.max_downsample or (self.ratio == 0.0 and agent_ratio == 0.0):
+        if not self.reaches(own.grid, layout.grid) or (self.ratio == 0.0 and agent_ratio == 0.0):
             return call()
         merge = self._merge(
             self._inputs.pop(layer.name, hidden),

@@ -137,6 +137,10 @@ class Method(ABC):
         """Share of query-key pairs of the whole sequence that are computed under `layout`."""
         return 1.0
 
+    def reaches(self, grid: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+        """Whether the method acts on layers that see `grid`, where the model's is `whole` (a UNet's levels)."""
+        return True
+
     def state_bytes(self) -> int:
         """Bytes of tensors that the method keeps between calls."""
         return 0

@@ -33,6 +33,7 @@ from attnzoo.errors import UnsupportedError, check_choice, check_number, check_r
 from attnzoo.generators.block_mass import Mass, block_counts, block_mass, largest
 from attnzoo.generators.blocks import BlockMethod, Choice, grid_first, grid_of, visible_keys
 from attnzoo.generators.chain import Layer, Next
+from attnzoo.generators.forward import Forward
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.tables import load_table, save_table
 from attnzoo.kernels import axis_order
@@ -191,6 +192,17 @@ class Paro(BlockMethod):
             )
         return EARLY if 2 * ctx.step < ctx.total else LATE
 
+    def denoise(self, forward: Forward, layout: TokenLayout, ctx: StepContext) -> Any:
+        if self.tables is not None:  # outside of what torch.compile compiles, for it reads values
+            device = forward.latents.device
+            for name in forward.layers(self):
+                if name in self.tables:
+                    own = self.tables[name]
+                    self._order(name, own, device)
+                    for half in (EARLY, LATE):
+                        self._mask(name, own, half, device)
+        return forward()
+
     def attend(
         self,
         query: Tensor,
@@ -290,14 +302,17 @@ class Paro(BlockMethod):
             self._orders[layer] = own.order(device)
         return self._orders[layer]
 
+    def _mask(self, layer: str, own: ParoLayer, half: str, device: torch.device) -> Tensor:
+        mask = self._masks.get((layer, half))
+        if mask is None or mask.device != device:
+            mask = self._masks[layer, half] = (own.early if half == EARLY else own.late).to(device)[None]
+        return mask
+
     def choose(
         self, query: Tensor, key: Tensor, seen: Tensor | None, layout: TokenLayout, ctx: StepContext, layer: Layer
     ) -> Choice | None:
         own = self._table(layer.name, layout, query.shape[1])
-        half = EARLY if layer.phase == EARLY else LATE
-        mask = self._masks.get((layer.name, half))
-        if mask is None or mask.device != query.device:
-            mask = self._masks[layer.name, half] = (own.early if half == EARLY else own.late).to(query.device)[None]
+        mask = self._mask(layer.name, own, EARLY if layer.phase == EARLY else LATE, query.device)
         return Choice(mask, self._order(layer.name, own, query.device))
 
 

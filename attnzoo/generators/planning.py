@@ -63,7 +63,7 @@ def plan(
         joint = role == "joint"
         text = (num_text, family.text) if joint else (0, "none")
         layout = TokenLayout(own, *text, family.filling(own))
-        share = made.density(layout) if name in chosen else 1.0
+        share = made.density(layout) if name in chosen and made.reaches(own, shape) else 1.0
         flops = 4.0 * layout.length**2 * _width(module)
         dense, computed = dense + flops, computed + share * flops
         if name in chosen:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.errors import check_choice, check_flag, check_range, check_same, check_tensor, per_axis
+from attnzoo.errors import check_choice, check_flag, check_number, check_range, check_same, check_tensor, per_axis
 from attnzoo.generators.blocks import BlockMethod, Choice, grid_of, num_blocks
 from attnzoo.generators.chain import Layer, Next
 from attnzoo.generators.layout import StepContext, TokenLayout
@@ -257,6 +257,10 @@ class Sparge(BlockMethod):
         backend: str = "auto",
     ) -> None:
         """rank: axes of the model's grid. Raises TypeError or ValueError, naming the argument."""
+        if pvthreshd is not None:
+            check_number("pvthreshd", pvthreshd)
+            if pvthreshd <= 0:
+                raise ValueError(f"pvthreshd must be above 0, got {pvthreshd!r}")
         super().__init__(rank, block_size=block_size, qk_int8=qk_int8, skip_threshold=pvthreshd, backend=backend)
         if topk is not None and cdfthreshd is not None:
             raise ValueError(f"give one of topk and cdfthreshd, got topk={topk!r} and cdfthreshd={cdfthreshd!r}")

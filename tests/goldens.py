@@ -40,7 +40,7 @@ _MODULES = {
     ),
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna", "moh_dit"),
-    "goldens_sharing": ("pag", "tgate", "pab_schedule"),
+    "goldens_sharing": ("pag", "tgate", "pab_schedule", "style_aligned"),
     "goldens_vlm": ("var", "pai"),
 }
 # Variants (file stems without number) that are not run in float64, and why.

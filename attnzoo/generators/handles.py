@@ -25,12 +25,14 @@ from attnzoo.generators.schedule import (
     choose_steps,
 )
 from attnzoo.generators.soft_pag import SoftPAG
+from attnzoo.generators.style_aligned import StyleAligned
 from attnzoo.generators.t_gate import TGate
 
 METHODS: dict[str, type[Method]] = {
     "gna": GNA,
     "pab": PAB,
     "soft_pag": SoftPAG,
+    "style_aligned": StyleAligned,
     "t_gate": TGate,
 }
 
@@ -250,7 +252,7 @@ def _build(denoiser: Denoiser, name: str, options: dict[str, Any]) -> tuple[Meth
             f"method {name!r} acts on whole modules, so heads={list(schedule.heads)} means nothing to it"
         )
     made = METHODS[name](denoiser.family.rank, **options)
-    made.check_layers(names)
+    made.check_layers([layer for layer in names if layer in schedule.layers])
     return made, schedule
 
 

@@ -138,6 +138,8 @@ class StyleAligned(Method):
     ) -> Tensor:
         if layer.name in self._alone or not (self.share_attention or self.full_attention_share or any(self.adain)):
             return next(query, key, value, mask)
+        if layout.masks == "compact":
+            raise UnsupportedError(f"{layer.name}: this model attends sample by sample, so that none sees another")
         groups = len(ctx.parts)
         if query.shape[0] % groups:
             raise UnsupportedError(f"{layer.name}: a batch of {query.shape[0]} holds no {groups} equal parts")

@@ -76,6 +76,7 @@ _MODULES = {
         "pag",
         "tgate",
         "pab_schedule",
+        "style_aligned",
     ),
     "goldens_sparse": (
         "sparge_block_select",

@@ -21,6 +21,7 @@ from attnzoo.generators.chain import Layer
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.pab import broadcast_schedule
 from attnzoo.generators.soft_pag import SoftPAG, perturbed_guidance
+from attnzoo.generators.style_aligned import StyleAligned, adain, own_layers, shared_group_norm
 from attnzoo.generators.t_gate import gate_flags
 
 
@@ -168,8 +169,32 @@ def _pab_schedule(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
     return found
 
 
+def _style_aligned(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    x = tensors["in.hidden_states"]
+    layer = _attention(_weights(tensors, "w."), config["heads"], x.dtype)
+    flags = ("share_attention", "adain_queries", "adain_keys", "adain_values")
+    options: dict[str, Any] = {name: config[name] == "True" for name in flags}
+    options |= {name: float(config[name]) for name in ("shared_score_scale", "shared_score_shift")}
+    layout, ctx = TokenLayout((1, x.shape[1])), StepContext(parts=("uncond", "cond"))
+    found = {}
+    for name, method in (
+        ("shared_out", StyleAligned(2, **options)),
+        ("full_share_out", StyleAligned(2, full_attention_share=True)),
+    ):
+        with _under(method, layout, ctx):
+            found[f"out.{name}"] = layer(x)
+    norm = torch.nn.GroupNorm(4, x.shape[2]).to(x.dtype)
+    picture = x.transpose(1, 2)[..., None].repeat(1, 1, 1, 2)
+    return found | {
+        "out.adain": adain(x, groups=2),
+        "out.shared_group_norm": shared_group_norm(norm, picture, groups=2),
+        "out.only_self_switch_levels_0_25_50_75_100": torch.stack([own_layers(12, i / 4) for i in range(5)]),
+    }
+
+
 _SYSTEMS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], dict[str, Any]]] = {
     "pab_schedule": _pab_schedule,
     "pag": _pag,
+    "style_aligned": _style_aligned,
     "tgate": _tgate,
 }

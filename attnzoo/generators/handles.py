@@ -254,7 +254,7 @@ def _build(denoiser: Denoiser, name: str, options: dict[str, Any]) -> tuple[Meth
             f"method {name!r} acts on whole modules, so heads={list(schedule.heads)} means nothing to it"
         )
     made = METHODS[name](denoiser.family.rank, **options)
-    made.check_layers(names)
+    made.check_layers([layer for layer in names if layer in schedule.layers])
     return made, schedule
 
 

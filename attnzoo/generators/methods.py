@@ -16,6 +16,7 @@ from attnzoo.generators.paro import Paro
 from attnzoo.generators.seer import Seer
 from attnzoo.generators.soft_pag import SoftPAG
 from attnzoo.generators.sparge import Sparge
+from attnzoo.generators.style_aligned import StyleAligned
 from attnzoo.generators.t_gate import TGate
 from attnzoo.generators.video_infinity import VideoInfinity
 
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     "seer": Seer,
     "soft_pag": SoftPAG,
     "sparge": Sparge,
+    "style_aligned": StyleAligned,
     "t_gate": TGate,
     "video_infinity": VideoInfinity,
 }

@@ -131,7 +131,9 @@ class SoftPAG(Method):
 
     def check_layers(self, names: Collection[str]) -> None:
         if unknown := [name for name in self.selection or () if name not in names]:
-            raise ValueError(f"selection names {unknown}, which are no self-attentions here: {shorten(list(names))}")
+            raise ValueError(
+                f"selection names {unknown}, which are not among the chosen self-attentions: {shorten(list(names))}"
+            )
 
     def phase(self, ctx: StepContext) -> Hashable:
         if ctx.branch.endswith(f":{_PERTURBED}"):

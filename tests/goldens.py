@@ -41,6 +41,8 @@ _MODULES = {
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna",),
     "goldens_vlm": ("var", "pai"),
+    "goldens_vlm_loops": ("opera", "vcd"),
+    "goldens_vlm_scorers": ("chair", "pope"),
 }
 # Variants (file stems without number) that are not run in float64, and why.
 FLOAT32_ONLY: dict[str, str] = {

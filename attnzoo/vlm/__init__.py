@@ -7,7 +7,7 @@ with attnzoo.vlm.edit(model, "var"):
 from __future__ import annotations
 
 from attnzoo.vlm.asking import ask
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Regroup
+from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Probe, Reading, Regroup
 from attnzoo.vlm.image_tokens import FAMILIES, image_positions
 from attnzoo.vlm.session import METHODS, Session, edit
 
@@ -18,6 +18,8 @@ __all__ = [
     "HeadScale",
     "KeyBias",
     "LogitMap",
+    "Probe",
+    "Reading",
     "Regroup",
     "Session",
     "ask",

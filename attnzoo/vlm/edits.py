@@ -20,6 +20,7 @@ from attnzoo.errors import UnsupportedError, check_choice
 
 ROWS = ("answer", "last", "after_image", "all")
 KEYS = ("image", "text", "first")
+READOUTS = ("probs", "head_max", "head_mean", "masses", "column_sums", "outputs")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,59 @@ class HeadScale(_Edit):
         check_choice("rows", self.rows, ROWS)
 
 
-Edit = LogitMap | KeyBias | Regroup | HeadScale
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a Probe read in one layer of one forward.
+
+    value: as `what` says (see Probe). rows: positions first .. last - 1 (padding counted) of the rows that were read.
+    first_key: the position of key slot 0, above 0 in a sliding layer whose cache has let go of the oldest keys.
+    answer_start: position of the row that predicts the first answer token. image, real: bool [B0, prompt], the prompt's
+    image tokens and what is no padding; B0 divides the batch (beams of one sequence are neighbours).
+    """
+
+    layer: int
+    what: str
+    value: Tensor
+    rows: tuple[int, int]
+    first_key: int
+    answer_start: int
+    image: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class Probe(_Edit):
+    """Reads what a layer's attention does in some rows, R of them, and hands it to `tell`; changes nothing.
+
+    tell: called with one Reading per layer and forward that has such rows, in the thread that runs the model.
+    what:
+        "probs"        softmax rows, [B, R, H, K]
+        "head_max"     their largest over heads, [B, R, K] (OPERA)
+        "head_mean"    their mean over heads, [B, R, K] (CARVE)
+        "masses"       what text and image keys get, [B, R, H, 2]
+        "column_sums"  what each key gets from these rows, [B, H, K]; no gradient
+        "outputs"      the heads' outputs before the output projection, [B, R, H, Dv]
+    rows: "answer", "last" or "all", as for other edits.
+
+    All but "outputs" are float32 (float64 for float64 models) and show the softmax with masks and logit edits in it,
+    before a Regroup re-weights it; "outputs" are what goes on to the projection. The n x n matrix is formed
+    only by asking "probs" for all rows.
+    """
+
+    tell: Callable[[Reading], object]
+    what: str = "probs"
+    rows: str = "answer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("what", self.what, READOUTS)
+        check_choice("rows", self.rows, [r for r in ROWS if r != "after_image"])
+        if not callable(self.tell):
+            raise TypeError(f"tell must be a function of one Reading, got {type(self.tell).__name__}")
+
+
+Edit = LogitMap | KeyBias | Regroup | HeadScale | Probe
+ROW_EDITS = (LogitMap, KeyBias, Regroup)  # that change the rows' softmax, or what it reads
 Plan = dict[int, tuple[Edit, ...]]
 
 

@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from attnzoo.errors import SeamError, UnsupportedError, check_tensor
 from attnzoo.vlm import interception
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Regroup, make_plan
+from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Probe, Regroup, make_plan
 from attnzoo.vlm.image_tokens import image_positions, image_token_ids, refuse_unsupported
 from attnzoo.vlm.interception import ARGUMENT, LOCK, PASSED
 from attnzoo.vlm.pai import pai
@@ -365,7 +365,7 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
 
 
 def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
-    kinds = (LogitMap, KeyBias, Regroup, HeadScale)
+    kinds = (LogitMap, KeyBias, Regroup, HeadScale, Probe)
     single = isinstance(methods, (str, *kinds)) or (
         isinstance(methods, tuple) and len(methods) == 2 and isinstance(methods[1], dict)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from attnzoo.errors import SeamError, UnsupportedError
 from attnzoo.kernels.edited_attention import Visibility
-from attnzoo.vlm.attention import RowEdits, dense_rows, fused_rows, group_sizes
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Regroup
+from attnzoo.vlm.attention import RowEdits, Rows, group_sizes
+from attnzoo.vlm.edits import ROW_EDITS, Edit, HeadScale, KeyBias, LogitMap, Plan, Probe, Reading, Regroup
 
 _FOREIGN = ("position_bias", "s_aux", "cache")  # arguments that change an attention in a way that edits don't know
 
@@ -99,44 +99,102 @@ class Step:
         """The layer's attention: `stock` for rows without an edit, the edited rows beside it."""
         self._check(layer, module, query, kwargs)
         self.met.add(layer)
-        edits = self.state.plan[layer]
         batch, length = query.shape[0], query.shape[2]
-        starts = [self._starts(edit.rows, batch) for edit in edits]
-        cuts = sorted({min(own) for own in starts} | {length})
-        covered = cuts[0] == 0 and all(own.count(own[0]) == batch for own in starts)
+        edits = [(edit, self._starts(edit.rows, batch)) for edit in self.state.plan[layer]]
+        changes = [(edit, own) for edit, own in edits if isinstance(edit, ROW_EDITS)]
+        cuts = sorted({min(own) for _, own in edits} | {0, length})
+        whole = any(min(own) == 0 for _, own in changes)
+        covered = whole and all(own.count(own[0]) == batch for _, own in changes)
         output: Tensor | None = None
         weights: Tensor | None = None
         if not covered:
             output, weights = stock(module, query, key, value, mask, **kwargs)
-        if cuts[0] == length:
-            assert output is not None
-            return output, weights
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         pieces, rows_weights = [], []
+        readings: dict[int, list[Tensor]] = {}
         for first, last in zip(cuts, cuts[1:]):
-            here = [(edit, own) for edit, own in zip(edits, starts) if min(own) <= first]
+            here = [(edit, own) for edit, own in changes if min(own) <= first]
             active = [self._active(own, first, last, query.device) for _, own in here]
-            rows = self._row_edits(layer, here, active, query, key)
-            part = query[:, :, first:last]
-            softcap = kwargs.get("softcap")
-            if dense:
-                seen = dense_mask(mask, first, last, length, key.shape[2], causal, query.device)
-                out, probs = dense_rows(part, key, value, seen, scale, rows, softcap)
-                rows_weights.append(probs)
-            else:
-                visibility = self._visibility(module, mask, first, last, key.shape[2], causal)
-                out = fused_rows(part, key, value, visibility, scale, rows, softcap)
-            pieces.append(self._finish(out, here, active, output, first, last))
-        edited = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
-        if output is not None:
-            edited = torch.cat([output[:, : cuts[0]], edited], 1)
-        if dense:
-            rest = [weights[:, :, : cuts[0]]] if weights is not None else []
-            weights = torch.cat([*rest, *rows_weights], 2)
-        return edited.contiguous(), weights
+            reading = [
+                index
+                for index, (edit, own) in enumerate(edits)
+                if isinstance(edit, Probe) and edit.what != "outputs" and min(own) <= first
+            ]
+            if here or reading:
+                rows = Rows(
+                    query[:, :, first:last],
+                    key,
+                    value,
+                    scale,
+                    kwargs.get("softcap"),
+                    self._row_edits(layer, here, active, query, key),
+                    dense,
+                    None if dense else self._visibility(module, mask, first, last, key.shape[2], causal),
+                    dense_mask(mask, first, last, length, key.shape[2], causal, query.device) if dense else None,
+                )
+                for index in reading:
+                    readings.setdefault(index, []).append(self._read(edits[index][0], rows))
+            if not here:
+                assert output is not None
+                pieces.append(output[:, first:last])
+                rows_weights.append(weights[:, :, first:last] if weights is not None else None)
+                continue
+            out, probs = rows.output()
+            if output is not None and all(on is not None for on in active):
+                anywhere = torch.stack([on for on in active if on is not None]).any(0)
+                out = torch.where(anywhere[:, :, None, None], out, output[:, first:last])
+            pieces.append(out)
+            rows_weights.append(probs)
+        if changes:
+            output = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+            weights = torch.cat([w for w in rows_weights if w is not None], 2) if dense else None
+        assert output is not None
+        output = self._scale_heads(output, edits)
+        for index, (edit, own) in enumerate(edits):
+            if isinstance(edit, Probe) and min(own) < length:
+                parts = readings.get(index)
+                self._tell(edit, layer, min(own), output[:, min(own) :] if parts is None else parts, key)
+        return output.contiguous(), weights
+
+    def _read(self, probe: Any, rows: Rows) -> Tensor:
+        if probe.what == "masses":
+            assert self.state.image is not None
+            offset = max(0, self.past + self.length - rows.key.shape[2])
+            return rows.masses(self._slots(self.state.image, len(rows.query), rows.key, offset, False).byte(), 2)
+        if probe.what == "column_sums":
+            return rows.column_sums()
+        return rows.probs({"head_max": "max", "head_mean": "mean"}.get(probe.what))
+
+    def _tell(self, probe: Probe, layer: int, first: int, parts: Tensor | list[Tensor], key: Tensor) -> None:
+        if isinstance(parts, Tensor):
+            value = parts
+        elif probe.what == "column_sums":
+            value = torch.stack(parts).sum(0)
+        else:
+            value = torch.cat(parts, 1)
+        image, real = self.state.image, self.state.real
+        assert image is not None and real is not None
+        places = self.past + first, self.past + self.length
+        first_key = max(0, places[1] - key.shape[2])
+        probe.tell(Reading(layer, probe.what, value, places, first_key, self.answer_start, image, real))
+
+    def _scale_heads(self, output: Tensor, edits: list[tuple[Edit, list[int]]]) -> Tensor:
+        """The head scales of these edits on output [B, N, H, Dv], each in its own rows."""
+        for edit, own in edits:
+            if not isinstance(edit, HeadScale) or min(own) == output.shape[1]:
+                continue
+            factor = torch.ones(output.shape[2], device=output.device, dtype=output.dtype)
+            factor[list(edit.heads)] = edit.factor
+            first = min(own)
+            part = output[:, first:]
+            on = self._active(own, first, output.shape[1], output.device)
+            scaled = part * factor[:, None]
+            scaled = scaled if on is None else torch.where(on[:, :, None, None], scaled, part)
+            output = torch.cat([output[:, :first], scaled], 1) if first else scaled
+        return output
 
     def _check(self, layer: int, module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> None:
         name = type(module).__name__
@@ -168,7 +226,12 @@ class Step:
         return torch.arange(first, last, device=device) >= torch.tensor(starts, device=device)[:, None]
 
     def _row_edits(
-        self, layer: int, here: list[tuple[Edit, list[int]]], active: list[Tensor | None], query: Tensor, key: Tensor
+        self,
+        layer: int,
+        here: Sequence[tuple[Edit, list[int]]],
+        active: list[Tensor | None],
+        query: Tensor,
+        key: Tensor,
     ) -> RowEdits:
         batch, num_heads = query.shape[:2]
         offset = max(0, self.past + self.length - key.shape[2])  # a sliding cache holds the last keys only
@@ -257,27 +320,6 @@ class Step:
         if bool((rows == (pattern & slots[:, None, None])).all()):
             return Visibility(is_causal=True, query_offset=place, window_size=window, key_mask=slots)
         return Visibility(is_causal=False, query_offset=0, mask=rows)
-
-    @staticmethod
-    def _finish(
-        out: Tensor,
-        here: list[tuple[Edit, list[int]]],
-        active: list[Tensor | None],
-        stock: Tensor | None,
-        first: int,
-        last: int,
-    ) -> Tensor:
-        """Head scales, and the stock result where a sequence has no edit in a row. out: [B, R, H, Dv]."""
-        for (edit, _), on in zip(here, active):
-            if isinstance(edit, HeadScale):
-                factor = torch.ones(out.shape[2], device=out.device, dtype=out.dtype)
-                factor[list(edit.heads)] = edit.factor
-                scaled = out * factor[:, None]
-                out = scaled if on is None else torch.where(on[:, :, None, None], scaled, out)
-        if stock is None or any(on is None for on in active):
-            return out
-        anywhere = torch.stack([on for on in active if on is not None]).any(0)
-        return torch.where(anywhere[:, :, None, None], out, stock[:, first:last])
 
 
 def dense_mask(

@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from attnzoo.errors import SeamError, UnsupportedError, check_tensor
 from attnzoo.vlm import interception
+from attnzoo.vlm.decoding import DECODINGS, Decoding, make_decoding, split_decoding
 from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Probe, Regroup, make_plan
 from attnzoo.vlm.image_tokens import image_positions, image_token_ids, refuse_unsupported
 from attnzoo.vlm.interception import ARGUMENT, LOCK, PASSED
@@ -28,13 +29,17 @@ _CACHES = ("cache", "past_key_values")  # the argument's and output's name since
 _PIXELS = ("pixel_values", "pixel_values_videos")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Call:
-    """What `session.generate` and `session.forward` know beyond a plain call."""
+    """What `session.generate` and `session.forward` know beyond a plain call.
+
+    also: edits that hold for this call alone (what a decoding loop reads).
+    """
 
     session: Session
     prompt_length: int | None
     image_mask: Tensor | None
+    also: tuple[Edit, ...] = ()
 
 
 _open_here: ContextVar[tuple[Session, ...]] = ContextVar("attnzoo_vlm_open", default=())
@@ -117,13 +122,18 @@ class _Record:
         check_tensor("input_ids (or inputs_embeds)", source)
         assert source is not None
         length = source.shape[1]
+        if call is None and any(s.decoding is not None for s in sessions):
+            raise UnsupportedError(
+                f"this session decodes with {next(s.decoding for s in sessions if s.decoding is not None)!r}, which a "
+                "plain model.generate would not do: call session.generate(...) or session.forward(...)"
+            )
         cache = _first(given.get, _CACHES)
         past = int(cache.get_seq_length()) if cache is not None else 0
         keep = given.get("logits_to_keep")
         keep = keep if isinstance(keep, int) and 0 < keep <= length else None
         declared = call.prompt_length if call is not None else None
         if past == 0:
-            state = CallState(_plan(sessions), sessions)
+            state = CallState(_plan(sessions, call.also if call is not None else ()), sessions)
             if cache is not None:
                 self.states[cache] = state
             stop = declared if declared is not None else length - (keep or 1) + 1
@@ -228,9 +238,9 @@ def _residual_hook(layer: int) -> Callable[..., None]:
     return hook
 
 
-def _plan(sessions: tuple[Session, ...]) -> Plan:
+def _plan(sessions: tuple[Session, ...], also: tuple[Edit, ...] = ()) -> Plan:
     config = sessions[0].model.config.get_text_config()
-    edits = tuple(edit for session in sessions for edit in session.edits)
+    edits = (*(edit for session in sessions for edit in session.edits), *also)
     return make_plan(edits, config.num_hidden_layers, config.num_attention_heads)
 
 
@@ -243,9 +253,10 @@ class Session:
     back the text tower's attention implementation and takes all hooks away.
     """
 
-    def __init__(self, model: PreTrainedModel, edits: tuple[Edit, ...]):
+    def __init__(self, model: PreTrainedModel, edits: tuple[Edit, ...], decoding: Decoding | None = None):
         self.model = model
         self.edits = edits
+        self.decoding = decoding
         self.owner: int | None = None
         self._below: tuple[Session, ...] = ()
 
@@ -293,11 +304,18 @@ class Session:
             interception.release(self.model)
         _open_here.set(tuple(s for s in _open_here.get() if s is not self))
 
-    def generate(self, *args: Any, image_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        image_mask: Tensor | None = None,
+        decoding: str | tuple[str, dict[str, Any]] | Decoding | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`model.generate` under this session, from any thread.
 
         It knows where the prompt ends, so further turns on one cache, prefill in chunks and use_cache=False are edited
         as the plain case is. image_mask: bool [B, prompt length], for `inputs_embeds` that hold image features already.
+        decoding: a way to decode, as for `edit`; None: the one of this session or of those around it, or plain.
         Raises RuntimeError where the session is not open.
         """
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -308,7 +326,37 @@ class Session:
         length = None if known is None else known.shape[1]
         if image_mask is None and isinstance(inputs, Tensor) and inputs.ndim == 2 and inputs.shape[1] == length:
             image_mask = image_positions(self.model, inputs, None)
-        return self._run(cast(Any, self.model).generate, length, image_mask, args, kwargs)
+        way = self._way(decoding)
+        if way is None:
+            return self._run(cast(Any, self.model).generate, length, image_mask, args, kwargs)
+
+        def generate(*own: Any, **named: Any) -> Any:
+            return way.generate(self, own, named, image_mask)
+
+        return self._run(generate, length, image_mask, args, kwargs)
+
+    def _way(self, decoding: Any) -> Decoding | None:
+        if isinstance(decoding, str):
+            return make_decoding(decoding, {})
+        if isinstance(decoding, tuple):
+            return make_decoding(*decoding)
+        if decoding is not None:
+            return decoding
+        ways = [s.decoding for s in self.stack() if s.decoding is not None]
+        if len(ways) > 1:
+            raise UnsupportedError(f"a session decodes in one way, got {len(ways)} of them nested: {ways}")
+        return ways[0] if ways else None
+
+    def also(self, *edits: Edit) -> None:
+        """For a decoding loop, within `generate`: these edits hold from here to the call's end."""
+        call = _call.get()
+        assert call is not None and call.session is self
+        call.also = (*call.also, *edits)
+
+    def adopt(self, cache: Cache, other: Cache, sequences: Tensor) -> None:
+        """For a decoding loop, within `generate`: `other` holds these sequences [S] of `cache`, prompt and answer."""
+        states = _records[self.model].states
+        states[other] = states[cache].select(sequences)
 
     def forward(
         self, *args: Any, prompt_length: int | None = None, image_mask: Tensor | None = None, **kwargs: Any
@@ -359,9 +407,10 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
     text = model.config.get_text_config()
     if depth != text.num_hidden_layers:
         raise UnsupportedError(f"the text tower has {depth} layers, its config says {text.num_hidden_layers}")
-    edits = _edits(text, methods, kwargs)
+    methods, kwargs, decoding = split_decoding(methods, kwargs)
+    edits = _edits(text, methods, kwargs) if decoding is None or methods else ()
     make_plan(edits, depth, text.num_attention_heads)
-    return Session(model, edits)
+    return Session(model, edits, decoding)
 
 
 def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
@@ -379,7 +428,8 @@ def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit
             continue
         name, own = (entry, kwargs) if isinstance(entry, str) else _pair(entry)
         if name not in METHODS:
-            raise ValueError(f"methods must name some of {', '.join(map(repr, METHODS))}, got {name!r}")
+            known = ", ".join(map(repr, (*METHODS, *DECODINGS)))
+            raise ValueError(f"methods must name some of {known}, got {name!r}")
         accepted = [p for p in inspect.signature(METHODS[name]).parameters if p != "text_config"]
         for argument in own:
             if argument not in accepted:

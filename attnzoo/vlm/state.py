@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,22 @@ class CallState:
         known = image if whole is None else whole
         place = torch.arange(1, known.shape[1] + 1, device=known.device)
         self.image_end = (known * place).amax(1).tolist()
+
+    def select(self, sequences: Tensor) -> CallState:
+        """What is known about these sequences [S] of the prompt, for a cache that holds them alone."""
+
+        def own(known: Any) -> Any:
+            return known[sequences.to(known.device)] if isinstance(known, Tensor) else known
+
+        return replace(
+            self,
+            image=own(self.image),
+            real=own(self.real),
+            image_end=[self.image_end[i] for i in sequences.tolist()],
+            groups={layer: own(known) for layer, known in self.groups.items()},
+            sizes={layer: own(known) for layer, known in self.sizes.items()},
+            memory={layer: {k: own(v) for k, v in known.items()} for layer, known in self.memory.items()},
+        )
 
     @staticmethod
     def before(known: Tensor | None, past: int, fill: bool | int) -> Tensor:

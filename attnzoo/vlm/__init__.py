@@ -7,21 +7,30 @@ with attnzoo.vlm.edit(model, "var"):
 from __future__ import annotations
 
 from attnzoo.vlm.asking import ask
+from attnzoo.vlm.contrast import ICD_INSTRUCTION, Icd, PaiGuidance, Vcd
+from attnzoo.vlm.decoding import DECODINGS, Dola, Opera
 from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Probe, Reading, Regroup
 from attnzoo.vlm.image_tokens import FAMILIES, image_positions
 from attnzoo.vlm.session import METHODS, Session, edit
 
 __all__ = [
+    "DECODINGS",
     "FAMILIES",
+    "ICD_INSTRUCTION",
     "METHODS",
+    "Dola",
     "Edit",
     "HeadScale",
+    "Icd",
     "KeyBias",
     "LogitMap",
+    "Opera",
+    "PaiGuidance",
     "Probe",
     "Reading",
     "Regroup",
     "Session",
+    "Vcd",
     "ask",
     "edit",
     "image_positions",

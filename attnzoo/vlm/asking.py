@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from attnzoo.errors import ReachError, UnsupportedError, check_range
+from attnzoo.vlm.contrast import ICD_INSTRUCTION
 from attnzoo.vlm.session import Named, edit
 
 Picture = str | os.PathLike | Image.Image
@@ -88,6 +89,7 @@ def ask(
         if torch.is_floating_point(value):
             inputs[name] = value.to(model.dtype)
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    method, kwargs = _instructed(method, kwargs, processor)
     with torch.inference_mode():
         if method is None:
             tokens = model.generate(**inputs, **arguments)
@@ -110,6 +112,18 @@ def prepare(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Any
         own = type(processor).__name__ == "PaliGemmaProcessor"  # puts its image tokens in front by itself
         text = prompt if own or token is None else f"{token * len(pictures)}\n{prompt}"
     return processor(images=list(pictures), text=text, return_tensors="pt")
+
+
+def _instructed(method: Any, kwargs: dict[str, Any], processor: Any) -> tuple[Any, dict[str, Any]]:
+    """ICD's instruction in this processor's tokens, where "icd" is named without one."""
+    if method != "icd" and not (isinstance(method, list | tuple) and "icd" in method):
+        return method, kwargs
+    if "instruction_ids" in kwargs:
+        return method, kwargs
+    own = {"instruction_ids": processor.tokenizer(ICD_INSTRUCTION, add_special_tokens=False).input_ids}
+    if method == "icd":
+        return method, kwargs | own
+    return [("icd", own) if entry == "icd" else entry for entry in method], kwargs
 
 
 def _open(picture: Any) -> Image.Image:

@@ -51,8 +51,7 @@ class StockBeams:
     def begin(cls, rules: BeamRules, input_ids: Tensor, dtype: torch.dtype) -> StockBeams:
         batch, length = input_ids.shape
         shape = (batch, rules.num_beams)
-        fill = rules.pad if rules.eos else -1
-        running = torch.full((*shape, rules.max_length), fill, dtype=torch.int64, device=input_ids.device)
+        running = torch.full((*shape, rules.max_length), rules.pad, dtype=torch.int64, device=input_ids.device)
         running[:, :, :length] = input_ids[:, None]
         scores = torch.zeros(shape, dtype=dtype, device=input_ids.device)
         parents = torch.full((*shape, rules.max_length - length), -1, dtype=torch.int32, device=input_ids.device)
@@ -135,8 +134,9 @@ class StockBeams:
 
     def select(self, samples: Tensor) -> StockBeams:
         """The bookkeeping of these prompts, apart from the others'; a copy."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        return StockBeams(**{n: v[samples].clone() if isinstance(v, Tensor) else v for n, v in kept.items()})
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept: dict[str, Any] = {n: v[samples].clone() for n, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **kept)
 
     def snapshot(self) -> StockBeams:
         """What to go back to: every step makes new tensors, so that the old ones need no copy."""

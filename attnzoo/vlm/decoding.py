@@ -1,7 +1,7 @@
 """Ways to decode that `edit` knows by name beside the edits: OPERA's loop, contrastive decoding, DoLa's recipe.
 
-A session holds at most one of them; `session.generate` runs it. Each is made with its arguments by name and knows how to
-run `model.generate` under a session.
+A session holds at most one of them; `session.generate` runs it. Each is made with its arguments by name and knows how
+to run `model.generate` under a session.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from attnzoo.errors import UnsupportedError, check_choice, check_range
+from attnzoo.errors import ReachError, UnsupportedError, check_choice, check_range
 from attnzoo.vlm.checks import as_number
+from attnzoo.vlm.contrast import Icd, PaiGuidance, Vcd
 from attnzoo.vlm.opera_loop import OperaLoop, OperaStep
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Opera:
     - logits processors choose candidates too; the code applies them behind the penalty;
     - answers of more than window_size tokens go back as others do (within the window); the code then stops to.
 
-    In both: every prompt of a batch goes back for itself (the code mixes a batch), C candidates are one forward, and the
-    next step is the look-ahead of the token that was chosen.
+    In both: every prompt of a batch goes back for itself (the code mixes a batch), C candidates are one forward, and
+    the next step is the look-ahead of the token that was chosen.
 
     Raises TypeError or ValueError for arguments out of range.
     """
@@ -115,8 +116,44 @@ class Opera:
         return session.model.generate(*args, **kwargs, custom_generate=loop)  # type: ignore[operator]
 
 
-DECODINGS: dict[str, Callable[..., Any]] = {"opera": Opera}
-Decoding = Any
+@dataclass(frozen=True, kw_only=True)
+class Dola:
+    """DoLa (ICLR 2024, arXiv 2309.03883) through transformers' public recipe, which contrasts layers of the text tower.
+
+    dola_layers: "high", "low" or layer indices, as the recipe takes them. repo: a hub id or a folder that holds
+    custom_generate/generate.py. trust_remote_code: the recipe is code from that place; it is run with True only.
+
+    Raises ValueError without trust_remote_code, ReachError where the recipe can't be read.
+    """
+
+    dola_layers: str | list[int] = "high"
+    repo: str = "transformers-community/dola"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.repo, str) or not self.repo:
+            raise TypeError(f"repo must be a hub id or a folder, got {self.repo!r}")
+
+    def generate(self, session: Session, args: Any, kwargs: dict[str, Any], image: Tensor | None) -> Any:
+        if self.trust_remote_code is not True:
+            raise ValueError(
+                f"trust_remote_code must be True for dola, which runs the code of {self.repo!r}; got False"
+            )
+        model: Any = session.model
+        try:
+            recipe = model.load_custom_generate(self.repo, trust_remote_code=True)
+        except Exception as error:  # no file, no network, no such repository: transformers and its client raise many
+            told = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ReachError(
+                f"dola's recipe {self.repo!r} can't be read ({told}): give repo= a folder that holds "
+                "custom_generate/generate.py, or a hub id while the hub can be reached"
+            ) from error
+        named = dict(zip(("inputs", "generation_config"), args)) | kwargs
+        return recipe(model=model, dola_layers=self.dola_layers, **named)
+
+
+DECODINGS: dict[str, type] = {"opera": Opera, "vcd": Vcd, "icd": Icd, "pai_guidance": PaiGuidance, "dola": Dola}
+Decoding = Opera | Vcd | Icd | PaiGuidance | Dola
 
 
 def split_decoding(methods: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], Decoding | None]:
@@ -124,29 +161,31 @@ def split_decoding(methods: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str,
 
     Raises TypeError for an argument that the way has not, UnsupportedError for two of them.
     """
-    kinds = tuple(cls for cls in DECODINGS.values() if isinstance(cls, type))
     if isinstance(methods, str) and methods in DECODINGS:
         return [], {}, make_decoding(methods, kwargs)
-    if isinstance(methods, kinds):
-        return [], kwargs, methods
+    if (only := _way(methods)) is not None:
+        return [], kwargs, only
     if isinstance(methods, str) or not isinstance(methods, Iterable) or _is_pair(methods):
-        if _is_pair(methods) and methods[0] in DECODINGS:
-            return [], kwargs, make_decoding(*methods)
         return methods, kwargs, None
     rest, ways = [], []
     for entry in methods:
-        if isinstance(entry, kinds):
-            ways.append(entry)
-        elif isinstance(entry, str) and entry in DECODINGS:
-            ways.append(make_decoding(entry, {}))
-        elif _is_pair(entry) and entry[0] in DECODINGS:
-            ways.append(make_decoding(*entry))
-        else:
+        way = _way(entry)
+        if way is None:
             rest.append(entry)
+        else:
+            ways.append(way)
     if len(ways) > 1:
         names = ", ".join(type(way).__name__ for way in ways)
         raise UnsupportedError(f"a session decodes in one way, got {len(ways)}: {names}")
-    return (rest if ways else methods if not isinstance(methods, Iterable) else rest), kwargs, ways[0] if ways else None
+    return rest, kwargs, ways[0] if ways else None
+
+
+def _way(entry: Any) -> Decoding | None:
+    if isinstance(entry, Opera | Vcd | Icd | PaiGuidance | Dola):
+        return entry
+    if isinstance(entry, str):
+        return make_decoding(entry, {}) if entry in DECODINGS else None
+    return make_decoding(*entry) if _is_pair(entry) and entry[0] in DECODINGS else None
 
 
 def make_decoding(name: str, arguments: dict[str, Any]) -> Decoding:

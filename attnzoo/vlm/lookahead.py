@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,46 +59,104 @@ class Found:
     rows: Tensor
 
 
-class LookAhead:
-    """The model, one cache of all beams of S prompts, and what was put into it since the prompt.
+class Stream:
+    """A model and one cache: a prompt [S, L], then tokens behind it, `repeats` rows to a prompt.
 
-    model_kwargs: what `generate` hands to a decoding method. remember: keep what `back` needs.
+    model_kwargs: what `generate` hands to a decoding method. run: calls the model with a forward's arguments.
+    """
+
+    def __init__(self, model: Any, model_kwargs: dict[str, Any], cache: Any, run: Callable[..., Any] | None = None):
+        self.model, self.kwargs, self.cache = model, dict(model_kwargs), cache
+        self.run = model if run is None else run
+        given = next((self.kwargs.pop(name) for name in CACHES if self.kwargs.get(name) is not None), None)
+        if given is not None and given.get_seq_length():
+            raise UnsupportedError("this way to decode begins with a prompt, not with a cache that holds some of it")
+        self.named = CACHES[0] if CACHES[0] in inspect.signature(model.forward).parameters else CACHES[1]
+        self.samples = 0
+        self.prompt_length = 0
+        self.tokens = 0  # response tokens in the cache
+
+    def prompt(self, input_ids: Tensor) -> Tensor:
+        """Logits [S, V] behind the prompt [S, L]."""
+        kwargs = {**self.kwargs, self.named: self.cache}
+        inputs = self.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
+        output = self.run(**inputs, return_dict=True)
+        self.samples, self.prompt_length = input_ids.shape
+        if self.cache.get_seq_length() != self.prompt_length:
+            raise UnsupportedError(f"{type(self.model).__name__} does not keep its keys in the cache it is given")
+        return output.logits[:, -1]
+
+    def forward(self, tokens: Tensor, repeats: int, apart: bool = False) -> Tensor:
+        """Logits [rows, n, V] of tokens [rows, n]; apart: they stand at one place and don't see each other. Does not
+        count them in `tokens`."""
+        rows, count = tokens.shape
+        past = self.prompt_length + self.tokens
+        kwargs = dict(self.kwargs)
+        kwargs["attention_mask"] = self._mask(repeats, past, count, apart)
+        if "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = count
+        if (positions := kwargs.get("position_ids")) is not None:
+            # [S, L], or [kinds, S, L] where a text tower counts along several axes
+            last = positions[..., -1:]
+            last = last.expand(*last.shape[:-2], self.samples, 1).repeat_interleave(repeats, -2)
+            steps = torch.zeros(count) if apart else torch.arange(count)
+            kwargs["position_ids"] = last + 1 + self.tokens + steps.to(last)
+        if (kinds := kwargs.get("token_type_ids")) is not None:
+            kwargs["token_type_ids"] = kinds[:, -1:].repeat_interleave(repeats, 0).expand(-1, count)
+        if (kinds := kwargs.get("mm_token_type_ids")) is not None:
+            kwargs["mm_token_type_ids"] = kinds.new_zeros(rows, count)
+        kwargs[self.named] = self.cache
+        inputs = self.model.prepare_inputs_for_generation(tokens, is_first_iteration=False, **kwargs)
+        return self.run(**inputs, return_dict=True).logits
+
+    def _mask(self, repeats: int, past: int, count: int, apart: bool) -> Tensor | None:
+        known = self.kwargs.get("attention_mask")
+        if not apart:
+            if known is None:
+                return None
+            whole = torch.nn.functional.pad(known, (0, past + count - known.shape[1]), value=1)
+            return whole.repeat_interleave(repeats, 0)
+        rows = self.samples * repeats
+        seen = torch.ones(rows, 1, count, past + count, dtype=torch.bool, device=self.device)
+        if known is not None:
+            seen[:, 0, :, : known.shape[1]] = known.bool().repeat_interleave(repeats, 0)[:, None]
+        seen[:, :, :, past:] = torch.eye(count, dtype=torch.bool, device=seen.device)
+        if self.model.config.get_text_config()._attn_implementation.endswith("eager"):
+            dtype = self.model.dtype
+            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return seen
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.layers[0].keys.device
+
+
+class LookAhead(Stream):
+    """One cache of all beams of S prompts, and what was put into it since the prompt.
+
+    layer: whose attention is read. remember: keep what `back` needs.
     """
 
     def __init__(self, model: Any, layer: int, model_kwargs: dict[str, Any], num_beams: int, remember: bool):
-        text = model.config.get_text_config()
-        kinds = DynamicCache(config=text)
+        kinds = DynamicCache(config=model.config.get_text_config())
         if any(getattr(kinds, "is_linear", ())):
             raise UnsupportedError(
                 f"{type(model).__name__} has layers without attention, whose states can't be taken back"
             )
-        self.model, self.num_beams, self.remember = model, num_beams, remember
+        super().__init__(model, model_kwargs, DynamicCache())  # of plain layers: all of them can be cropped
+        self.num_beams, self.remember = num_beams, remember
         self.read = LastRows(layer)
         self.windows = any(getattr(kinds, "is_sliding", ()))
-        self.kwargs = dict(model_kwargs)
-        given = next((self.kwargs.pop(name) for name in CACHES if self.kwargs.get(name) is not None), None)
-        if given is not None and given.get_seq_length():
-            raise UnsupportedError("this loop begins with a prompt, not with a cache that holds some of it")
-        self.named = CACHES[0] if CACHES[0] in inspect.signature(model.forward).parameters else CACHES[1]
-        self.cache: Any = DynamicCache()  # of plain layers: all of them can be cropped
-        self.samples = 0
-        self.prompt_length = 0
-        self.tokens = 0  # response tokens in the cache
         self.trellis: list[Slot] = []
 
     # --- forwards ----------------------------------------------------------------------------------------------------
 
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Logits [S, N, V] behind the prompt [S, L]; the cache then has N rows per prompt."""
-        kwargs = {**self.kwargs, self.named: self.cache}
-        inputs = self.model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
-        output = self.model(**inputs, return_dict=True)
+        logits = self.prompt(input_ids)
         self.read.take()
-        self.samples, self.prompt_length = input_ids.shape
-        if self.cache.get_seq_length() != self.prompt_length:
-            raise UnsupportedError(f"{type(self.model).__name__} does not keep its keys in the cache it is given")
         self.cache.batch_repeat_interleave(self.num_beams)
-        return output.logits[:, -1:].expand(-1, self.num_beams, -1)
+        return logits[:, None].expand(-1, self.num_beams, -1)
 
     def look(self, candidates: Tensor) -> Found:
         """One forward with all candidates [S, N, C]; the cache then holds C slots more, until `keep` or `drop`."""
@@ -132,7 +191,7 @@ class LookAhead:
     def drop(self, count: int) -> None:
         """Forget the candidates."""
         if self.windows:
-            self.cache.batch_select_indices(torch.arange(self.samples * self.num_beams, device=self._device) * count)
+            self.cache.batch_select_indices(torch.arange(self.samples * self.num_beams, device=self.device) * count)
             self.cache.crop(-1)
         else:
             self.cache.crop(-count)
@@ -147,43 +206,7 @@ class LookAhead:
         return Found(logits.unflatten(0, shape), rows.unflatten(0, shape))
 
     def _forward(self, tokens: Tensor, repeats: int, apart: bool = False) -> tuple[Tensor, Tensor]:
-        rows, count = tokens.shape
-        past = self.prompt_length + self.tokens
-        kwargs = dict(self.kwargs)
-        kwargs["attention_mask"] = self._mask(repeats, past, count, apart)
-        kwargs["logits_to_keep"] = count
-        if (positions := kwargs.get("position_ids")) is not None:
-            # [S, L], or [kinds, S, L] where a text tower counts along several axes
-            last = positions[..., -1:]
-            last = last.expand(*last.shape[:-2], self.samples, 1)
-            last = last.repeat_interleave(repeats, -2) + 1 + self.tokens
-            steps = torch.zeros(count, dtype=last.dtype, device=last.device)
-            kwargs["position_ids"] = last + steps
-        if (kinds := kwargs.get("token_type_ids")) is not None:
-            kwargs["token_type_ids"] = kinds[:, -1:].repeat_interleave(repeats, 0).expand(-1, count)
-        if (kinds := kwargs.get("mm_token_type_ids")) is not None:
-            kwargs["mm_token_type_ids"] = kinds.new_zeros(rows, count)
-        kwargs[self.named] = self.cache
-        inputs = self.model.prepare_inputs_for_generation(tokens, is_first_iteration=False, **kwargs)
-        logits = self.model(**inputs, return_dict=True).logits
-        return logits, self.read.take()
-
-    def _mask(self, repeats: int, past: int, count: int, apart: bool) -> Tensor | None:
-        known = self.kwargs.get("attention_mask")
-        if not apart:
-            if known is None:
-                return None
-            whole = torch.nn.functional.pad(known, (0, past + count - known.shape[1]), value=1)
-            return whole.repeat_interleave(repeats, 0)
-        rows = self.samples * repeats
-        seen = torch.ones(rows, 1, count, past + count, dtype=torch.bool, device=self._device)
-        if known is not None:
-            seen[:, 0, :, : known.shape[1]] = known.bool().repeat_interleave(repeats, 0)[:, None]
-        seen[:, :, :, past:] = torch.eye(count, dtype=torch.bool, device=seen.device)
-        if self.model.config.get_text_config()._attn_implementation.endswith("eager"):
-            dtype = self.model.dtype
-            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-        return seen
+        return self.forward(tokens, repeats, apart), self.read.take()
 
     # --- going back --------------------------------------------------------------------------------------------------
 
@@ -200,7 +223,7 @@ class LookAhead:
         """
         self.cache.crop(-self.tokens)
         slots, self.trellis = self.trellis[:tokens], self.trellis[:tokens]
-        beams = torch.arange(self.samples * self.num_beams, device=self._device)
+        beams = torch.arange(self.samples * self.num_beams, device=self.device)
         lineage = []
         for slot in reversed(slots):
             lineage.append(beams)
@@ -245,10 +268,6 @@ class LookAhead:
         """[S, N] beams of each prompt as rows of the cache."""
         first = torch.arange(len(parents), device=parents.device)[:, None] * self.num_beams
         return (parents + first).reshape(-1)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.cache.layers[0].keys.device
 
 
 def _kept(states: Tensor, index: Tensor, place: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""OPERA (CVPR 2024, arXiv 2311.17911; code shikiw/OPERA, MIT): beams that lean on one token of the answer are penalised,
-and taken back where they keep leaning on it.
+"""OPERA (CVPR 2024, arXiv 2311.17911; code shikiw/OPERA, MIT): beams that lean on one token of the answer are
+penalised, and taken back where they keep leaning on it.
 
 Of every response token the last layer's attention is looked at, largest over heads. Column j of the response gathers
-the product over later rows i of sigma w[i, j]: a token that all later ones look at stands out ("knowledge aggregation").
-A running product per column says the same as the whole matrix, and needs no row twice.
+the product over later rows i of sigma w[i, j]: a token that all later ones look at stands out. A running
+product per column says the same as the whole matrix, and needs no row twice.
 """
 
 from __future__ import annotations

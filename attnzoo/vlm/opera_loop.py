@@ -95,7 +95,10 @@ class _Cohort:
             self.samples[samples],
             ahead,
             self.beams.select(samples),
-            *(own(v) for v in (self.logits, self.products, self.places, self.image)),
+            own(self.logits),
+            own(self.products),
+            own(self.places),
+            own(self.image),
             [self.memories[i] for i in samples.tolist()],
             history,
             own(self.parents),
@@ -144,7 +147,7 @@ class OperaLoop:
             self.length_penalty,
             self.early_stopping,
             eos,
-            int(pad) if pad is not None else eos[0] if eos else 0,
+            self._padding(None if pad is None else int(pad), eos),
             stopping_criteria,
         )
         depth = model.config.get_text_config().num_hidden_layers
@@ -185,6 +188,12 @@ class OperaLoop:
                     break
                 cohort = cohort.part((~done).nonzero()[:, 0], self.adopt)
         return self._output(found, rules, generation_config)
+
+    def _padding(self, pad: int | None, eos: tuple[int, ...]) -> int:
+        """What stands behind an answer that is shorter than others: as transformers has it, where 0 is no padding."""
+        if self.official:
+            return pad if pad is not None else eos[0] if eos else 0
+        return (pad or eos[0]) if eos else -1
 
     def _advance(self, cohort: _Cohort, processor: Any) -> list[_Cohort]:
         """One token more. Where some of several prompts go back, nothing but the cohort's parts, which no longer have
@@ -341,7 +350,7 @@ class OperaLoop:
         if not config.return_dict_in_generate:
             return sequences
         scores = torch.tensor([score for _, score in rows], device=sequences.device)
-        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
+        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)  # type: ignore[arg-type]
 
 
 def _given(value: Tensor | None) -> Tensor:

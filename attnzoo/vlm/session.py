@@ -124,8 +124,8 @@ class _Record:
         length = source.shape[1]
         if call is None and any(s.decoding is not None for s in sessions):
             raise UnsupportedError(
-                f"this session decodes with {next(s.decoding for s in sessions if s.decoding is not None)!r}, which a "
-                "plain model.generate would not do: call session.generate(...) or session.forward(...)"
+                f"this session decodes with {next(s.decoding for s in sessions if s.decoding is not None)!r}, which "
+                "plain model.generate(...) would not do: call session.generate(...) or session.forward(...)"
             )
         cache = _first(given.get, _CACHES)
         past = int(cache.get_seq_length()) if cache is not None else 0

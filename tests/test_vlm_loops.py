@@ -84,43 +84,74 @@ def test_beams_that_end_are_transformers_too(early_stopping: bool | str) -> None
 def test_a_batch_is_its_rows_and_sdpa_is_eager(family: str, compat: str | None) -> None:
     rows = model_of(family)[1]
     both = inputs_of(family)
-    whole = answers(opera(family, both, compat=compat), both)
+    how: dict[str, Any] = {"compat": compat, "penalty_weights": 30.0}
+    whole = answers(opera(family, both, **how), both)
     for index, row in enumerate(rows):
         alone = tiny.batch(family, [row])
-        assert answers(opera(family, alone, compat=compat), alone)[0] == whole[index]
-    assert answers(opera(family, both, "eager", compat=compat), both) == whole
-    assert whole != answers(opera(family, both, penalty_weights=0.0, threshold=None), both)
+        assert answers(opera(family, alone, **how), alone)[0] == whole[index]
+    assert answers(opera(family, both, "eager", **how), both) == whole
+    assert whole != answers(opera(family, both, **how | {"penalty_weights": 0.0, "threshold": None}), both)
 
 
-def leaning(threshold: int = 3, **own: Any) -> dict[str, Any]:
-    """A setting under which random weights lean on one place often enough to go back."""
-    return {"scale_factor": 6.0, "threshold": threshold, "num_attn_candidates": 3, **own}
+PLANTED, AT = 40, 11
+
+
+class Planted(LogitsProcessor):
+    """The token that everything later looks at, at response position AT of every beam."""
+
+    def __init__(self) -> None:
+        self.start = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.start = self.start or input_ids.shape[1]
+        if input_ids.shape[1] - self.start == AT:
+            scores = scores.clone()
+            scores[:, PLANTED] = scores.amax(-1) + 50.0
+        return scores
+
+
+@functools.cache
+def leaning_model(implementation: str = "sdpa") -> tuple[Any, list[dict[str, Any]]]:
+    """A tiny LLaVA whose last layer looks at the planted token, wherever it stands."""
+    model, rows = tiny.build("llava", implementation, attention_bias=True)
+    attention, embedding = model.model.language_model.layers[-1].self_attn, model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[PLANTED] *= 60 / embedding[PLANTED].norm()
+        attention.k_proj.weight[3::8] = 20 * embedding[PLANTED] / 60  # the slowest pair of each head turns least
+        attention.q_proj.bias[3::8] = 2.0
+        model.lm_head.weight[PLANTED] = 0.0
+    return model, rows
+
+
+def lean(
+    rows: list[dict[str, Any]], implementation: str = "sdpa", **own: Any
+) -> tuple[list[list[int]], list[OperaStep]]:
+    """The answers and steps of a search that goes back."""
+    model, _ = leaning_model(implementation)
+    inputs, steps = tiny.batch("llava", rows), []
+    how = {"scale_factor": 6.0, "threshold": 3, "num_attn_candidates": 3, "num_beams": 3, "tell": steps.append}
+    call = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": tiny.PAD, **SUPPRESS}
+    with vlm.edit(model, [*own.pop("edits", ()), ("opera", how | own)]) as session:
+        found = answers(session.generate(**inputs, **call, logits_processor=[Planted()]), inputs)
+    return found, steps
 
 
 @pytest.mark.parametrize("compat", [None, "official"])
 def test_prompts_go_back_for_themselves(compat: str | None) -> None:
-    family = "llava"
-    rows = model_of(family)[1]
-    both = inputs_of(family)
-    steps: list[OperaStep] = []
-    how = leaning(compat=compat, max_new_tokens=30)
-    whole = answers(opera(family, both, tell=steps.append, **how), both)
+    rows = leaning_model()[1]
+    whole, steps = lean(rows, compat=compat)
     back = [(int(s.samples[i]), p) for s in steps for i, p in enumerate(s.rollback_positions) if p >= 0]
     assert back, "this setting is meant to go back"
     for index, row in enumerate(rows):
-        alone = tiny.batch(family, [row])
-        own: list[OperaStep] = []
-        assert answers(opera(family, alone, tell=own.append, **how), alone)[0] == whole[index]
+        alone, own = lean([row], compat=compat)
+        assert alone[0] == whole[index]
         single = [p for s in own for p in s.rollback_positions if p >= 0]
         assert single == [p for sample, p in back if sample == index]
 
 
 def test_what_was_rejected_is_not_taken_again() -> None:
-    inputs = inputs_of("llava")
-    steps: list[OperaStep] = []
-    opera("llava", inputs, tell=steps.append, **leaning(max_new_tokens=30))
     seen = 0
-    for step in steps:
+    for step in lean(leaning_model()[1])[1]:
         for index, rejected in enumerate(step.rejected):
             if rejected is not None:
                 vocabulary = tiny.TEXT["vocab_size"]
@@ -147,13 +178,13 @@ def test_going_back_restores_the_cache_bit_for_bit(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(lookahead.LookAhead, "_remember", keep)
     monkeypatch.setattr(lookahead.LookAhead, "back", compare)
-    for row in range(2):
-        opera("llava", inputs_of("llava", slice(row, row + 1)), **leaning(max_new_tokens=30))
+    for row in leaning_model()[1]:
+        lean([row])
     assert compared and all(compared)
 
 
 def test_a_forward_a_step_and_none_of_the_prompt_again() -> None:
-    model, _ = model_of("llava")
+    model, _ = model_of("llava", "sdpa")
     lengths: list[int] = []
     handle = model.register_forward_pre_hook(lambda m, a, k: lengths.append(k["input_ids"].shape[1]), with_kwargs=True)
     try:
@@ -196,14 +227,12 @@ def test_opera_stacks_with_edits() -> None:
             found.append(session.generate(**inputs, **BEAMS, **SUPPRESS))
     assert torch.equal(*found)
     assert not torch.equal(found[0], opera("llava", inputs))
-    model, rows = model_of("llava")
-    how = leaning()
-    with vlm.edit(model, [("pai", {"alpha": 1.5}), ("opera", how)]) as session:
-        whole = session.generate(**inputs, **BEAMS | SUPPRESS | {"max_new_tokens": 30})
-        for index, row in enumerate(rows):
-            alone = tiny.batch("llava", [row])
-            single = session.generate(**alone, **BEAMS | SUPPRESS | {"max_new_tokens": 30})
-            assert answers(single, alone)[0] == answers(whole, inputs)[index]
+    edits = [("pai", {"alpha": 0.3}), ("var", {"tau": 1.2, "summ": 0.02})]
+    rows = leaning_model()[1]
+    whole, steps = lean(rows, edits=edits)
+    assert any(p >= 0 for step in steps for p in step.rollback_positions)
+    assert [lean([row], edits=edits)[0][0] for row in rows] == whole
+    assert lean(rows, "eager", edits=edits)[0] == whole
 
 
 def test_opera_refuses_by_name() -> None:
@@ -219,8 +248,8 @@ def test_opera_refuses_by_name() -> None:
         with pytest.raises(UnsupportedError, match=r"session\.generate"):
             model.generate(**inputs, max_new_tokens=2)
         with pytest.raises(UnsupportedError, match="begins with a prompt"):
-            cache = session.forward(**inputs).past_key_values if False else session.forward(**inputs).cache
-            session.generate(**inputs, **BEAMS, past_key_values=cache)
+            output = session.forward(**inputs)
+            session.generate(**inputs, **BEAMS, **{n: output[n] for n in lookahead.CACHES if n in output})
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False) is not None
 
 
@@ -262,13 +291,14 @@ def test_greedy_is_the_formula_without_a_cache(family: str, name: str) -> None:
     model, rows = model_of(family)
     both = inputs_of(family)
     with vlm.edit(model, name, **CONTRASTS[name]) as session:
-        own = answers(session.generate(**both, max_new_tokens=5, do_sample=False), both)
+        own = answers(session.generate(**both, max_new_tokens=5, do_sample=False, **SUPPRESS), both)
     for index, row in enumerate(rows):
         first = tiny.batch(family, [row])
         second = second_view(name, first, row, family)
         for step in range(5):
             with torch.no_grad():
                 pair = [model(**_longer(view, own[index][:step])).logits[:, -1] for view in (first, second)]
+            pair[0][:, SUPPRESS["suppress_tokens"]] = -torch.inf
             assert int(combined(name, *pair).argmax()) == own[index][step]
 
 

@@ -73,8 +73,8 @@ class Opera:
         check_choice("compat", self.compat, (None, "official"))
 
     def generate(self, session: Session, args: Any, kwargs: dict[str, Any], image: Tensor | None) -> Any:
-        if image is None:
-            raise UnsupportedError("opera needs to know the image's tokens: give input_ids, or image_mask")
+        if image is None or kwargs.get("inputs_embeds") is not None:
+            raise UnsupportedError("opera begins with a prompt of tokens: give input_ids")
         for name in ("streamer", "assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
             if kwargs.get(name) is not None:
                 raise UnsupportedError(f"opera is a beam search of its own and can't be used with {name}")

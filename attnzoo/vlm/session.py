@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,38 @@ from transformers import Cache, PreTrainedModel
 
 from attnzoo.errors import SeamError, UnsupportedError, check_tensor
 from attnzoo.vlm import interception
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Probe, Regroup, make_plan
+from attnzoo.vlm.act import act
+from attnzoo.vlm.call import CallState
+from attnzoo.vlm.edits import Edit, Plan, Rehearse, Tap, make_plan
+from attnzoo.vlm.gift import gift
 from attnzoo.vlm.image_tokens import image_positions, image_token_ids, refuse_unsupported
 from attnzoo.vlm.interception import ARGUMENT, LOCK, PASSED
+from attnzoo.vlm.masks import eemllm, mma, moda, prefix
 from attnzoo.vlm.pai import pai
-from attnzoo.vlm.state import CallState, Step
+from attnzoo.vlm.paint import paint
+from attnzoo.vlm.pasta import pasta
+from attnzoo.vlm.rehearsal import kept_positions, rehearsal_of
+from attnzoo.vlm.state import Step
 from attnzoo.vlm.var import var
+from attnzoo.vlm.vhr import vhr
+from attnzoo.vlm.vif import vif
+from attnzoo.vlm.zerotuning import zerotuning
 
-METHODS: dict[str, Callable[..., tuple[Edit, ...]]] = {"pai": pai, "var": var}
+METHODS: dict[str, Callable[..., tuple[Edit, ...]]] = {
+    "pai": pai,
+    "var": var,
+    "gift": gift,
+    "paint": paint,
+    "pasta": pasta,
+    "zerotuning": zerotuning,
+    "act": act,
+    "vif": vif,
+    "vhr": vhr,
+    "mma": mma,
+    "eemllm": eemllm,
+    "prefix": prefix,
+    "moda": moda,
+}
 _CACHES = ("cache", "past_key_values")  # the argument's and output's name since transformers 5.24, and before
 _PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -39,6 +64,8 @@ class _Call:
 
 _open_here: ContextVar[tuple[Session, ...]] = ContextVar("attnzoo_vlm_open", default=())
 _call: ContextVar[_Call | None] = ContextVar("attnzoo_vlm_call", default=None)
+_rehearsed: ContextVar[tuple[nn.Module, Step] | None] = ContextVar("attnzoo_vlm_rehearsed", default=None)
+_running: ContextVar[tuple[nn.Module, Step] | None] = ContextVar("attnzoo_vlm_running", default=None)
 _records: weakref.WeakKeyDictionary[nn.Module, _Record] = weakref.WeakKeyDictionary()
 
 
@@ -53,7 +80,7 @@ class _Record:
         self.attentions: list[Any] = [layer.self_attn for layer in layers]
         self.handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, with_kwargs=True),
+            model.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
         for index, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(_residual_hook(index), with_kwargs=True))
@@ -90,15 +117,21 @@ class _Record:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the model: put this forward's Step among its arguments."""
+        inner = _rehearsed.get()
+        if inner is not None and inner[0] is model:
+            _running.set(inner)
+            return args, {**kwargs, ARGUMENT: inner[1]}
         sessions = self.applicable(model)
         given = dict(zip(self.parameters, args)) | kwargs
         step: Any = self.step(model, sessions, given) if sessions else PASSED
+        _running.set((model, step) if sessions else None)
         return args, {**kwargs, ARGUMENT: step}
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the model: was every layer edited? Bind what is known about the prompt to its cache."""
+        _running.set(None)
         step = kwargs.get(ARGUMENT)
-        if not isinstance(step, Step):
+        if not isinstance(step, Step) or output is None:  # None: an exception passes
             return
         missed = sorted(set(step.state.plan) - step.met)
         if missed:
@@ -138,7 +171,26 @@ class _Record:
         prompt_stop = min(past + length, stop)
         if prompt_stop > past:
             self._read_prompt(model, state, given, call, past, prompt_stop, last=prompt_stop == stop)
+            for rehearsal in _of_kind(sessions, Rehearse):
+                if past or prompt_stop < stop:
+                    raise UnsupportedError("an edit that runs a forward ahead needs the whole prompt in one forward")
+                self._rehearse(model, state, given, rehearsal, stop)
         return Step(state, past, length, stop - 1, max(prompt_stop, past))
+
+    @staticmethod
+    def _rehearse(model: Any, state: CallState, given: dict[str, Any], rehearsal: Rehearse, stop: int) -> None:
+        """Run the forward that an edit wants to have seen; it writes into the prompt's notes."""
+        text = model.config.get_text_config()
+        plan = make_plan(rehearsal.edits(state.facts), text.num_hidden_layers, text.num_attention_heads)
+        inputs, inner = rehearsal_of(rehearsal.inputs, given, state, plan, stop)
+        outer, step = _running.get(), Step(inner, 0, inner.prompt, inner.prompt - 1, inner.prompt)
+        token = _rehearsed.set((model, step))
+        try:
+            with torch.no_grad(), kept_positions(model):
+                model(**inputs)
+        finally:
+            _rehearsed.reset(token)
+            _running.set(outer)
 
     def _known(self, cache: Any, sessions: tuple[Session, ...]) -> CallState:
         state = self.states.get(cache)
@@ -181,7 +233,7 @@ class _Record:
                 f"pixel values were given, but no image token {image_token_ids(model.config)} stands in the prompt; "
                 "with inputs_embeds that hold image features already, pass image_mask to session.generate"
             )
-        state.extend(past, image, real, whole)
+        state.extend(past, image, real, whole, None if ids is None else ids[:, :count])
 
 
 def real_tokens(mask: Any, past: int, length: int, device: torch.device) -> Tensor | None:
@@ -228,6 +280,19 @@ def _residual_hook(layer: int) -> Callable[..., None]:
     return hook
 
 
+def _of_kind(sessions: tuple[Session, ...], kind: type) -> list[Any]:
+    return [edit for session in sessions for edit in session.edits if isinstance(edit, kind)]
+
+
+def _tap_hook(tap: Tap, index: int, model: nn.Module, session: Session) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = _running.get()
+        if running is not None and running[0] is model and session in running[1].state.sessions:
+            tap.read(index, module, args, kwargs, running[1].state.notes)
+
+    return hook
+
+
 def _plan(sessions: tuple[Session, ...]) -> Plan:
     config = sessions[0].model.config.get_text_config()
     edits = tuple(edit for session in sessions for edit in session.edits)
@@ -248,6 +313,7 @@ class Session:
         self.edits = edits
         self.owner: int | None = None
         self._below: tuple[Session, ...] = ()
+        self._taps: list[Any] = []
 
     @property
     def is_open(self) -> bool:
@@ -273,6 +339,10 @@ class Session:
                 interception.release(self.model)
                 raise
             record.sessions.append(self)
+            for tap in _of_kind((self,), Tap):
+                for index, module in enumerate(tap.find(self.model)):
+                    hook = _tap_hook(tap, index, self.model, self)
+                    self._taps.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self.owner, self._below = threading.get_ident(), below
         _open_here.set((*(s for s in _open_here.get() if s.is_open), self))
         return self
@@ -287,6 +357,9 @@ class Session:
             if record is None or self not in record.sessions:
                 return
             record.sessions.remove(self)
+            for handle in self._taps:
+                handle.remove()
+            self._taps = []
             if not record.sessions:
                 record.close()
                 del _records[self.model]
@@ -342,8 +415,9 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
             session.generate(**inputs)
 
     model: a transformers model whose text tower runs on "sdpa" or "eager".
-    methods: "var", "pai", (name, {its arguments}), an Edit of attnzoo.vlm.edits, or an iterable of these.
-    kwargs: arguments of the method, where there is one, by name (see attnzoo.vlm.var.var, attnzoo.vlm.pai.pai).
+    methods: a name of attnzoo.vlm.METHODS, (name, {its arguments}), an Edit of attnzoo.vlm.edits, or an iterable of
+        these.
+    kwargs: arguments of the method, where there is one, by name: those of METHODS[name] but for the first.
 
     Raises TypeError or ValueError for a wrong model, method or argument, and UnsupportedError for a model or attention
     implementation that can't be edited; nothing has been changed then.
@@ -361,11 +435,14 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
         raise UnsupportedError(f"the text tower has {depth} layers, its config says {text.num_hidden_layers}")
     edits = _edits(text, methods, kwargs)
     make_plan(edits, depth, text.num_attention_heads)
+    for tap in edits:
+        if isinstance(tap, Tap):
+            tap.find(model)
     return Session(model, edits)
 
 
 def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
-    kinds = (LogitMap, KeyBias, Regroup, HeadScale, Probe)
+    kinds = get_args(Edit)
     single = isinstance(methods, (str, *kinds)) or (
         isinstance(methods, tuple) and len(methods) == 2 and isinstance(methods[1], dict)
     )
@@ -379,7 +456,9 @@ def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit
             continue
         name, own = (entry, kwargs) if isinstance(entry, str) else _pair(entry)
         if name not in METHODS:
-            raise ValueError(f"methods must name some of {', '.join(map(repr, METHODS))}, got {name!r}")
+            near = difflib.get_close_matches(name, METHODS, n=2, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"methods must name some of {', '.join(map(repr, METHODS))}, got {name!r}{hint}")
         accepted = [p for p in inspect.signature(METHODS[name]).parameters if p != "text_config"]
         for argument in own:
             if argument not in accepted:

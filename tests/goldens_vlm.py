@@ -164,8 +164,10 @@ def _pasta(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tens
         for name, mask in tensors.items()
         if name.startswith("in.mask_")
     }
-    if len(config["token_ranges"]) == 1:
-        out["out.mask_prefill_single_section_fn"] = out["out.mask_prefill"]
+    if len(config["token_ranges"]) == 1:  # the code's other function, which knows two positions
+        other = settings | {"scale_position": "span" if config["scale_position"] == "include" else "exclude"}
+        alone = pasta_mask(pasta(text, spans, compat="official", **other), tensors["in.mask_prefill"], heads, prompt)
+        out["out.mask_prefill_single_section_fn"] = alone
     out["out.attn_prefill"] = _of_scores(edits, tensors["in.logits_prefill"], nothing, 0, 1)
     return out
 

@@ -208,7 +208,12 @@ def dense_probs(
         s = s + edits.key_bias.to(work)[:, :, None]
     if mask is not None:
         s = s.masked_fill(~mask, torch.finfo(work).min) if mask.dtype == torch.bool else s + mask.to(work)
-    return torch.softmax(s / edits.temperature if edits.temperature != 1.0 else s, -1)
+    if edits.temperature != 1.0:
+        s = (s / edits.temperature).clamp_min(torch.finfo(work).min)
+    probs = torch.softmax(s, -1)
+    if mask is not None and mask.dtype == torch.bool:  # a row that sees nothing: 0, as in the kernel
+        probs = probs.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return probs
 
 
 def sees(mask: Tensor) -> Tensor:

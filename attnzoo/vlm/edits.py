@@ -206,15 +206,15 @@ class Rehearse:
     """A forward that runs before a prompt's own, for what must be known before its first layer.
 
     edits: (Prompt) -> the edits that are open in it; they write into the Prompt's notes.
-    inputs: "same" as the prompt; "blind": its text without the image tokens; "hidden": the prompt with its image
-        tokens masked out, so that positions stay; "both": a batch of the prompts and, behind them, the blind ones.
+    inputs: "same" as the prompt; "blind": its text without the image tokens; "both": a batch of the prompts and, behind
+        them, the blind ones.
     """
 
     edits: Callable[[Prompt], tuple[Any, ...]]
     inputs: str = "same"
 
     def __post_init__(self) -> None:
-        check_choice("inputs", self.inputs, ("same", "blind", "hidden", "both"))
+        check_choice("inputs", self.inputs, ("same", "blind", "both"))
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,13 @@ def vision_rule(seen: Tensor, rows: Tensor, keys: Tensor, itself: Tensor) -> Ten
     return seen & ((rows != IMAGE) | (keys != IMAGE) | itself)
 
 
-def _image_kinds(prompt: Prompt) -> Tensor:
+def hidden_image_rule(seen: Tensor, rows: Tensor, keys: Tensor, itself: Tensor) -> Tensor:
+    """Nobody sees an image token but itself."""
+    return seen & ((keys != IMAGE) | itself)
+
+
+def image_kinds(prompt: Prompt) -> Tensor:
+    """1 at image tokens, int64 [B, N]."""
     return torch.where(prompt.image, IMAGE, PLAIN)
 
 
@@ -128,7 +134,7 @@ def eemllm(text_config: Any, sees: str = "self", layers: object = None) -> tuple
     """
     check_choice("sees", sees, tuple(COMPOSITE))
     chosen = as_layers(layers, text_config.num_hidden_layers, 0)
-    return (Mask(chosen, _image_kinds, COMPOSITE[sees]),)
+    return (Mask(chosen, image_kinds, COMPOSITE[sees]),)
 
 
 # --- prefix and blockwise masks (Croc, PaliGemma, Gemma 3) ---------------------------------------------------------
@@ -151,7 +157,7 @@ def _block_kinds(prompt: Prompt) -> Tensor:
 PREFIX = {
     "prompt": (_prefix_kinds, same_block_rule),
     "image": (_block_kinds, same_block_rule),
-    "none": (_image_kinds, as_ever),
+    "none": (image_kinds, as_ever),
 }
 
 
@@ -202,4 +208,4 @@ def moda(text_config: Any, part: str = "self", layers: object = None) -> tuple[E
     """
     check_choice("part", part, tuple(MODULAR))
     chosen = as_layers(layers, text_config.num_hidden_layers, 0)
-    return (Mask(chosen, _image_kinds, MODULAR[part]),)
+    return (Mask(chosen, image_kinds, MODULAR[part]),)

@@ -84,15 +84,16 @@ class PaintTokens:
             raise UnsupportedError("the vision tower did not run in this session's forward: PAINT needs pixel values")
         local, summary = token_sets(prompt.notes["paint", 0], prompt.notes["paint", 1])
         chosen = (local if self.which == LOCAL else summary).flatten().to(prompt.image.device)
-        flags = torch.zeros_like(prompt.image)
         count = int(prompt.image.sum())
-        if count != len(chosen):
+        beams = max(1, count // max(1, len(chosen)))
+        if count != beams * len(chosen) or len(prompt.image) % beams:
             raise UnsupportedError(
                 f"{len(chosen)} patches of the vision tower became {count} image tokens, so which is which is not "
                 "known: give local= and summary=, the tokens' numbers within an image"
             )
-        flags[prompt.image] = chosen
-        return flags
+        flags = torch.zeros_like(prompt.image[::beams])
+        flags[prompt.image[::beams]] = chosen
+        return flags.repeat_interleave(beams, 0)
 
 
 def numbered(image: Tensor, numbers: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from attnzoo.vlm.checks import as_heads, as_layers, as_number
 from attnzoo.vlm.edits import Edit, KeyBias, Prompt
 from attnzoo.vlm.spans import Tokens, check_tokens, per_span
 
-POSITIONS = ("exclude", "include", "generation")
+POSITIONS = ("exclude", "include", "generation", "span")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,8 @@ class PastaKeys:
             return (~parts & prompt.real).sum(0)
         if self.scale_position == "include":
             return parts.sum(0) - prompt.real.int()
+        if self.scale_position == "span":
+            return parts.sum(0)
         return prompt.real.int() * len(parts)
 
 
@@ -56,7 +58,8 @@ def pasta(
     layers: an iterable of layer indices; None: all (with a dict of heads: its layers).
     scale_position: "exclude": + log(alpha) outside of the part; "include": - log(alpha) outside (use alpha > 1), which
         is the code's "part + log(alpha), then the whole prompt - log(alpha)"; "generation": + log(alpha) on the whole
-        prompt, which weakens it against what was generated.
+        prompt, which weakens it against what was generated; "span": + log(alpha) on the part alone, which is what
+        "include" means in the code's function for one section.
     compat: "official" repeats the code for several spans: each is a section of its own, so that with "exclude" a
         section lowers the other sections too, and "include" and "generation" count once per section. The default
         takes the spans together.

@@ -49,10 +49,6 @@ def rehearsal_of(
         inner.extend(0, image, real, ids=state.ids)
         return kwargs, inner
     kwargs.setdefault("attention_mask", real.long())
-    if inputs == "hidden":
-        kwargs["attention_mask"] = (real & ~image).long()
-        inner.extend(0, image, real & ~image, ids=state.ids)
-        return kwargs, inner
     blind = _blind(kwargs, real & ~image)
     told = blind["attention_mask"].bool()
     nothing = torch.zeros_like(told)
@@ -61,7 +57,10 @@ def rehearsal_of(
         return blind, inner
     missing = stop - told.shape[1]
     both = dict(kwargs)
-    both.pop("position_ids", None)
+    if "position_ids" in both:  # the prompts' own (with pictures in them), and plain ones for the blind
+        plain = torch.nn.functional.pad((told.cumsum(1) - 1).clamp_min(0), (missing, 0))
+        own = both["position_ids"]
+        both["position_ids"] = torch.cat([own, plain.to(own).expand(*own.shape[:-2], -1, -1)], -2)
     for name, value in blind.items():
         if name in _SEQUENCES:
             pads = (0, 0) * (value.ndim - 2) + (missing, 0)
@@ -83,5 +82,7 @@ def _blind(kwargs: dict[str, Any], told: Tensor) -> dict[str, Any]:
         if value is None or name == "attention_mask":
             continue
         index = order if value.ndim == 2 else order[..., None].expand(-1, -1, value.shape[2])
-        found[name] = value.gather(1, index.to(value.device)) * (1 if name != "mm_token_type_ids" else 0)
+        own = value.gather(1, index.to(value.device))
+        padding = ~(there if own.ndim == 2 else there[..., None]).to(own.device)
+        found[name] = torch.where(padding, own[:, -1:], own)  # what stands in padding must be no image token
     return found

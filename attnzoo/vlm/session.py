@@ -65,6 +65,7 @@ class _Call:
 _open_here: ContextVar[tuple[Session, ...]] = ContextVar("attnzoo_vlm_open", default=())
 _call: ContextVar[_Call | None] = ContextVar("attnzoo_vlm_call", default=None)
 _rehearsed: ContextVar[tuple[nn.Module, Step] | None] = ContextVar("attnzoo_vlm_rehearsed", default=None)
+_ahead: ContextVar[dict[Any, Any] | None] = ContextVar("attnzoo_vlm_ahead", default=None)
 _running: ContextVar[tuple[nn.Module, Step] | None] = ContextVar("attnzoo_vlm_running", default=None)
 _records: weakref.WeakKeyDictionary[nn.Module, _Record] = weakref.WeakKeyDictionary()
 
@@ -157,6 +158,9 @@ class _Record:
         declared = call.prompt_length if call is not None else None
         if past == 0:
             state = CallState(_plan(sessions), sessions)
+            for notes in (_ahead.get() or {}).values():
+                state.notes.update(notes)
+            _ahead.set(None)
             if cache is not None:
                 self.states[cache] = state
             stop = declared if declared is not None else length - (keep or 1) + 1
@@ -289,6 +293,10 @@ def _tap_hook(tap: Tap, index: int, model: nn.Module, session: Session) -> Calla
         running = _running.get()
         if running is not None and running[0] is model and session in running[1].state.sessions:
             tap.read(index, module, args, kwargs, running[1].state.notes)
+        elif running is None:  # generate() may encode pictures before the prompt's forward
+            notes = (_ahead.get() or {}).get(session, {})
+            _ahead.set({session: notes})
+            tap.read(index, module, args, kwargs, notes)
 
     return hook
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from attnzoo.errors import check_choice, check_same, check_tensor
 from attnzoo.vlm.checkpoints import carried, published
 from attnzoo.vlm.checks import as_layers, as_number
-from attnzoo.vlm.edits import Edit, HeadChoice, Probe, Prompt, Reading, Rehearse
+from attnzoo.vlm.edits import Edit, HeadChoice, Mask, Probe, Prompt, Reading, Rehearse
+from attnzoo.vlm.masks import hidden_image_rule, image_kinds
 
 BLIND = ("removed", "hidden")
 
@@ -102,7 +103,7 @@ def vhr(
         reinforced heads are reinforced in both, so that a later layer compares like with like; costs a prefill of
         twice the batch. "own": the blind stream runs alone and unreinforced; costs a text-only prefill.
     blind: the prompt without its image: "removed" (default: image tokens taken out, positions close up) or "hidden"
-        (image tokens masked out, positions stay; only with blind_stream="own").
+        (nobody sees image tokens, positions stay; only with blind_stream="own").
     outliers: the standard deviation of Eq. 6: "sample" (default, torch's), "population", or None for no outliers.
     Grouped-query heads: a head is a query head, alpha is the same.
 
@@ -125,6 +126,9 @@ def vhr(
     if blind_stream == "shared":
         pairs = HeadChoice(chosen, heads.in_pairs, alpha, rows)
         return (Rehearse(lambda prompt: (pairs,), "both"), HeadChoice(chosen, heads.noted, alpha, rows))
-    inputs = "blind" if blind == "removed" else "hidden"
-    rehearsal = Rehearse(lambda prompt: heads.probe(chosen, prompt), inputs)
+    if blind == "removed":
+        rehearsal = Rehearse(lambda prompt: heads.probe(chosen, prompt), "blind")
+    else:
+        hidden = Mask(tuple(range(depth)), image_kinds, hidden_image_rule)
+        rehearsal = Rehearse(lambda prompt: (hidden, *heads.probe(chosen, prompt)))
     return (rehearsal, HeadChoice(chosen, heads.against_notes, alpha, rows))

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.errors import check_choice, check_range, check_tensor
+from attnzoo.errors import UnsupportedError, check_choice, check_range, check_tensor
 from attnzoo.vlm.checks import as_layers, as_number
 from attnzoo.vlm.edits import Edit, Observe, Prompt, Spread
 from attnzoo.vlm.spans import Chooser, Tokens, check_tokens, chooser, resolve
 
 OTHER, ACTIVE, INACTIVE, INSTRUCTION = range(4)
+SAME_NORM = 1e-3
 _EPS = 1e-6
 
 
@@ -79,7 +80,14 @@ class VifGroups:
         """Note the relay tokens of the first edited layer's keys."""
         key = view.rows(0, 1).key  # [B, Hkv, K, D]
         norms = key_norms(key.transpose(1, 2).flatten(2))[:, : prompt.image.shape[1]]
-        prompt.notes[self.key] = relay_tokens(norms, self.relay_ratio, prompt.image.to(norms.device))[1]
+        image = prompt.image.to(norms.device)
+        if bool(image.any()):
+            own = norms[image]
+            if float(own.amax() - own.amin()) < SAME_NORM * float(own.mean()):
+                raise UnsupportedError(
+                    "the keys of this text tower have all the same norm, which can't choose relay tokens: give inactive="
+                )
+        prompt.notes[self.key] = relay_tokens(norms, self.relay_ratio, image)[1]
 
     def __call__(self, prompt: Prompt, layer: int) -> Tensor:
         if self.inactive is not None:
@@ -114,7 +122,8 @@ def vif(
         the model). An empty tuple leaves one out.
     inactive: the inactive image tokens (attnzoo.vlm.spans.check_tokens). None: all but the relay tokens, which are the
         relay_ratio of the image's tokens with the largest key norm in the first middle layer; the code takes a mask
-        from its caller, so the rule is this library's.
+        from its caller, so the rule is this library's. Towers that normalise keys without a weight of their own give
+        all the same norm and are refused.
     instruction: None: the text behind the last image, without what is generated.
     compat: "official" repeats the released code: keys that a row does not see, later ones included, are given their
         part, and 1e-6 stands in two denominators, so that rows sum to a little less than 1. The default gives to keys

@@ -40,7 +40,7 @@ _MODULES = {
     ),
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna",),
-    "goldens_vlm": ("var", "pai", "gift", "paint", "pasta", "zerotuning", "act", "vif", "mma"),
+    "goldens_vlm": ("var", "pai", "gift", "paint", "pasta", "zerotuning", "act", "vif", "mma", "carve"),
 }
 # Variants (file stems without number) that are not run in float64, and why.
 FLOAT32_ONLY: dict[str, str] = {

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from attnzoo.kernels.dispatch import use_backend
 from attnzoo.vlm.act import act, column_means
+from attnzoo.vlm.carving import attention_regions, bounding_box, contrast_map
 from attnzoo.vlm.edits import Prompt
 from attnzoo.vlm.gift import gaze_shifts, gift, saliency, strongest_heads
 from attnzoo.vlm.layer import edited_layer
@@ -254,7 +255,21 @@ def _mma(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor
     return out
 
 
+def _carve(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    layers = config["layers"]
+    query, general = (tensors[f"in.{name}_maps"][:, layers] for name in ("query", "general"))
+    fused = contrast_map(
+        query, general, tuple(config["grid"]), tuple(config["image_size_wh"]), config["lam"], config["step_mode"]
+    )
+    mask = attention_regions(
+        fused, config["top_percent"], config["min_keep_regions"], config["strategy"], config["outlier_percent"]
+    )
+    box = torch.tensor(bounding_box(mask))
+    return {"out.fused": torch.from_numpy(fused), "out.mask": torch.from_numpy(mask), "out.bbox_xyxy": box}
+
+
 _SYSTEMS = {
+    "carve": _carve,
     "var": _var,
     "pai": _pai,
     "gift": _gift,

@@ -7,6 +7,7 @@ with attnzoo.vlm.edit(model, "var"):
 from __future__ import annotations
 
 from attnzoo.vlm.asking import ask
+from attnzoo.vlm.carving import carve
 from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Probe, Reading, Regroup
 from attnzoo.vlm.image_tokens import FAMILIES, image_positions
 from attnzoo.vlm.session import METHODS, Session, edit
@@ -23,6 +24,7 @@ __all__ = [
     "Regroup",
     "Session",
     "ask",
+    "carve",
     "edit",
     "image_positions",
 ]

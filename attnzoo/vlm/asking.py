@@ -76,7 +76,7 @@ def ask(
     check_range("max_new_tokens", max_new_tokens, 1)
     if method is None and kwargs:
         raise TypeError(f"arguments ({', '.join(kwargs)}) need a method; got method=None")
-    pictures = [_open(p) for p in ([image] if isinstance(image, Picture) else image)]
+    pictures = [open_picture(p) for p in ([image] if isinstance(image, Picture) else image)]
     if not pictures:
         raise ValueError("image must hold at least one picture, got none")
     if isinstance(model, str | os.PathLike):
@@ -112,7 +112,8 @@ def prepare(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Any
     return processor(images=list(pictures), text=text, return_tensors="pt")
 
 
-def _open(picture: Any) -> Image.Image:
+def open_picture(picture: Any) -> Image.Image:
+    """A path or PIL image as RGB; raises TypeError for anything else, ReachError for what can't be read."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     if not isinstance(picture, str | os.PathLike):

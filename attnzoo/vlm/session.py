@@ -158,8 +158,8 @@ class _Record:
         declared = call.prompt_length if call is not None else None
         if past == 0:
             state = CallState(_plan(sessions), sessions)
-            for notes in (_ahead.get() or {}).values():
-                state.notes.update(notes)
+            for session, notes in (_ahead.get() or {}).items():
+                state.notes.update(notes if session in sessions else {})
             _ahead.set(None)
             if cache is not None:
                 self.states[cache] = state

@@ -85,7 +85,7 @@ class VifGroups:
             own = norms[image]
             if float(own.amax() - own.amin()) < SAME_NORM * float(own.mean()):
                 raise UnsupportedError(
-                    "the keys of this text tower have all the same norm, which can't choose relay tokens: give inactive="
+                    "the keys of this text tower all have one norm, which can't choose relay tokens: give inactive="
                 )
         prompt.notes[self.key] = relay_tokens(norms, self.relay_ratio, image)[1]
 

@@ -40,7 +40,7 @@ _MODULES = {
     ),
     "goldens_restoration": ("hat", "a2n"),
     "goldens_generators": ("gna",),
-    "goldens_vlm": ("var", "pai"),
+    "goldens_vlm": ("var", "pai", "gift", "paint", "pasta", "zerotuning", "act", "vif", "mma", "carve"),
     "goldens_vlm_loops": ("opera", "vcd"),
     "goldens_vlm_scorers": ("chair", "pope"),
 }

@@ -77,7 +77,7 @@ def ask(
     check_range("max_new_tokens", max_new_tokens, 1)
     if method is None and kwargs:
         raise TypeError(f"arguments ({', '.join(kwargs)}) need a method; got method=None")
-    pictures = [_open(p) for p in ([image] if isinstance(image, Picture) else image)]
+    pictures = [open_picture(p) for p in ([image] if isinstance(image, Picture) else image)]
     if not pictures:
         raise ValueError("image must hold at least one picture, got none")
     if isinstance(model, str | os.PathLike):
@@ -116,17 +116,21 @@ def prepare(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Any
 
 def _instructed(method: Any, kwargs: dict[str, Any], processor: Any) -> tuple[Any, dict[str, Any]]:
     """ICD's instruction in this processor's tokens, where "icd" is named without one."""
-    if method != "icd" and not (isinstance(method, list | tuple) and "icd" in method):
-        return method, kwargs
-    if "instruction_ids" in kwargs:
-        return method, kwargs
-    own = {"instruction_ids": processor.tokenizer(ICD_INSTRUCTION, add_special_tokens=False).input_ids}
+
+    def filled(entry: Any) -> Any:
+        name, own = (entry, {}) if isinstance(entry, str) else entry if isinstance(entry, tuple) else (None, {})
+        if name != "icd" or "instruction_ids" in own:
+            return entry
+        ids = processor.tokenizer(ICD_INSTRUCTION, add_special_tokens=False).input_ids
+        return "icd", {"instruction_ids": ids, **own}
+
     if method == "icd":
-        return method, kwargs | own
-    return [("icd", own) if entry == "icd" else entry for entry in method], kwargs
+        return "icd", {**filled("icd")[1], **kwargs}
+    return [filled(entry) for entry in method] if isinstance(method, list) else filled(method), kwargs
 
 
-def _open(picture: Any) -> Image.Image:
+def open_picture(picture: Any) -> Image.Image:
+    """A path or PIL image as RGB; raises TypeError for anything else, ReachError for what can't be read."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     if not isinstance(picture, str | os.PathLike):

@@ -20,6 +20,7 @@ from attnzoo.kernels.edited_attention import (
     attention_probs,
     edited_attention,
     group_masses,
+    group_value_mean,
     grouped_attention,
 )
 
@@ -31,13 +32,29 @@ class RowEdits:
     """What changes in a run of rows.
 
     boost, key_bias: [B or 1, H or 1, K]. groups: uint8 [B, K] or [B, H, K], with rule: masses [B, R, H, G] -> factors.
+    copied, log_weights [B, K]: group `copied` stands once more, weighted (see edits.Regroup).
+    share: masses, counts -> (factors, gifts) instead of rule (see edits.Spread); leaky: gifts go to unseen keys too.
     """
 
     boost: Tensor | None = None
     key_bias: Tensor | None = None
+    temperature: float = 1.0
     groups: Tensor | None = None
     num_groups: int = 1
     rule: Rule | None = None
+    copied: int | None = None
+    log_weights: Tensor | None = None
+    share: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    leaky: bool = False
+
+    def of_logits(self, softcap: float | None) -> dict[str, Any]:
+        """The arguments that edited_attention's functions share."""
+        return {
+            "softcap": softcap,
+            "key_bias": self.key_bias,
+            "boost": self.boost,
+            "temperature": self.temperature,
+        }
 
 
 def fused_rows(
@@ -51,23 +68,79 @@ def fused_rows(
     backend: str = "auto",
 ) -> Tensor:
     """Edited attention of the given rows, [B, R, H, Dv], without their probabilities."""
-    grouped = edits.groups is not None
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    if edits.copied is not None:
+        return _with_a_copy(query, key, value, visibility, scale, edits, softcap, backend)
+    if edits.share is not None:
+        return _shared(query, key, value, visibility, scale, edits, softcap, backend)
     output = edited_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query,
+        key,
+        value,
         visibility,
         scale,
-        softcap=softcap,
-        key_bias=edits.key_bias,
-        boost=edits.boost,
         groups=_per_head(edits.groups),
-        num_groups=edits.num_groups if grouped else None,
+        num_groups=edits.num_groups if edits.groups is not None else None,
         rule=edits.rule,
         backend=backend,
+        **edits.of_logits(softcap),
     )
     assert isinstance(output, Tensor)
     return output
+
+
+def _with_a_copy(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility | None,
+    scale: float,
+    edits: RowEdits,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    assert edits.copied is not None and edits.log_weights is not None and edits.rule is not None
+    of_logits, groups = edits.of_logits(softcap), _per_head(edits.groups)
+    assert groups is not None
+    plain, lse = grouped_attention(
+        query, key, value, groups, edits.num_groups, visibility, scale, backend=backend, **of_logits
+    )
+    own = edits.log_weights[:, None]
+    of_logits["key_bias"] = own if edits.key_bias is None else edits.key_bias + own
+    member = torch.full_like(groups, 255).masked_fill_(groups.eq(edits.copied), 0)  # 255: in no group
+    copy, copy_lse = grouped_attention(query, key, value, member, 1, visibility, scale, backend=backend, **of_logits)
+    total = torch.logsumexp(lse, -1, keepdim=True)
+    total = torch.where(total == -torch.inf, 0.0, total)
+    masses = torch.exp(torch.cat([lse, copy_lse], -1) - total)
+    weights = masses * edits.rule(masses)
+    return (weights[..., None, :] @ torch.cat([plain, copy], 3).to(weights.dtype)).squeeze(-2).to(query.dtype)
+
+
+def _shared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility | None,
+    scale: float,
+    edits: RowEdits,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    assert edits.groups is not None and edits.share is not None
+    groups = _per_head(edits.groups)
+    assert groups is not None
+    own, lse = grouped_attention(
+        query, key, value, groups, edits.num_groups, visibility, scale, backend=backend, **edits.of_logits(softcap)
+    )
+    receivers = Visibility(is_causal=False) if edits.leaky else visibility
+    mean, counts = group_value_mean(
+        value, groups, edits.num_groups, receivers, num_queries=query.shape[1], num_heads=query.shape[2]
+    )
+    masses = group_masses(lse)
+    factors, gifts = edits.share(masses, counts)
+    weights = torch.cat([masses * factors, gifts], -1).to(masses.dtype)
+    both = torch.cat([own, mean], 3).to(weights.dtype)
+    return (weights[..., None, :] @ both).squeeze(-2).to(query.dtype)
 
 
 def _per_head(groups: Tensor | None) -> Tensor | None:
@@ -86,12 +159,34 @@ def dense_rows(
     """The same with the rows' probabilities: (output [B, R, H, Dv], probabilities [B, H, R, K])."""
     probs = dense_probs(query, key, mask, scale, edits, softcap)
     if edits.groups is not None:
-        assert edits.rule is not None
-        probs = regroup_probs(probs, edits.groups, edits.num_groups, edits.rule)
+        probs = _reweighted(probs, mask, edits)
     probs = probs.to(query.dtype)
     repeats = query.shape[1] // key.shape[1]
     value = value.repeat_interleave(repeats, 1) if repeats > 1 else value
     return (probs @ value).transpose(1, 2).contiguous(), probs
+
+
+def _reweighted(probs: Tensor, mask: Tensor | None, edits: RowEdits) -> Tensor:
+    groups, count = edits.groups, edits.num_groups
+    assert groups is not None
+    if edits.share is not None:
+        seen = torch.ones_like(probs[:, :1], dtype=torch.bool)
+        if mask is not None and not edits.leaky:
+            seen = seen & sees(mask)
+        each = groups[:, None, None] if groups.ndim == 2 else groups[:, :, None]
+        counts = torch.stack([(seen & (each == group)).sum(-1) for group in range(count)], -1).transpose(1, 2)
+        factors, gifts = edits.share(group_sums(probs, groups, count), counts)
+        given = gifts / counts.clamp_min(1)
+        return probs * _by_key(factors, groups, probs) + _by_key(given, groups, probs) * seen
+    assert edits.rule is not None
+    if edits.copied is None:
+        return regroup_probs(probs, groups, count, edits.rule)
+    assert edits.log_weights is not None
+    each = groups[:, None, None] if groups.ndim == 2 else groups[:, :, None]
+    copy = probs * (each == edits.copied) * edits.log_weights.to(probs.dtype)[:, None, None].exp()
+    masses = torch.cat([group_sums(probs, groups, count), copy.sum(-1).transpose(1, 2)[..., None]], -1)
+    factors = edits.rule(masses)
+    return probs * _by_key(factors[..., :count], groups, probs) + copy * factors[..., count:].transpose(1, 2)
 
 
 def dense_probs(
@@ -113,7 +208,17 @@ def dense_probs(
         s = s + edits.key_bias.to(work)[:, :, None]
     if mask is not None:
         s = s.masked_fill(~mask, torch.finfo(work).min) if mask.dtype == torch.bool else s + mask.to(work)
-    return torch.softmax(s, -1)
+    if edits.temperature != 1.0:
+        s = (s / edits.temperature).clamp_min(torch.finfo(work).min)
+    probs = torch.softmax(s, -1)
+    if mask is not None and mask.dtype == torch.bool:  # a row that sees nothing: 0, as in the kernel
+        probs = probs.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return probs
+
+
+def sees(mask: Tensor) -> Tensor:
+    """A bool or additive mask as bool, True where a key is seen."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 @dataclass(eq=False)
@@ -148,7 +253,13 @@ class Rows:
             return found if head_reduction is None else found.amax(2) if head_reduction == "max" else found.mean(2)
         query, key = self.query.transpose(1, 2), self.key.transpose(1, 2)
         return attention_probs(
-            query, key, self.visibility, self.scale, rows=None, head_reduction=head_reduction, **self._logit_edits()
+            query,
+            key,
+            self.visibility,
+            self.scale,
+            rows=None,
+            head_reduction=head_reduction,
+            **self.edits.of_logits(self.softcap),
         )
 
     def column_sums(self) -> Tensor:
@@ -157,7 +268,7 @@ class Rows:
             return self._dense().sum(2)
         with torch.no_grad():
             query, key = self.query.transpose(1, 2), self.key.transpose(1, 2)
-            return attention_column_sums(query, key, self.visibility, self.scale, **self._logit_edits())
+            return attention_column_sums(query, key, self.visibility, self.scale, **self.edits.of_logits(self.softcap))
 
     def masses(self, groups: Tensor, num_groups: int) -> Tensor:
         """What key groups, uint8 [B, K] or [B, H, K], get before re-weighting, [B, R, H, G]."""
@@ -166,7 +277,7 @@ class Rows:
         member = groups[:, None] if groups.ndim == 2 else groups
         query, key, value = (t.transpose(1, 2) for t in (self.query, self.key, self.value))
         _, lse = grouped_attention(
-            query, key, value, member, num_groups, self.visibility, self.scale, **self._logit_edits()
+            query, key, value, member, num_groups, self.visibility, self.scale, **self.edits.of_logits(self.softcap)
         )
         return group_masses(lse)
 
@@ -174,11 +285,7 @@ class Rows:
         found = dense_probs(self.query, self.key, self.mask, self.scale, self.edits, self.softcap)
         if self.mask is None:
             return found
-        seen = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min / 2
-        return found.masked_fill(~seen.any(-1, keepdim=True), 0.0)  # padding, whose softmax is over nothing
-
-    def _logit_edits(self) -> dict[str, Any]:
-        return {"softcap": self.softcap, "key_bias": self.edits.key_bias, "boost": self.edits.boost}
+        return found.masked_fill(~sees(self.mask).any(-1, keepdim=True), 0.0)  # padding, whose softmax is over nothing
 
 
 def group_sums(probs: Tensor, groups: Tensor, num_groups: int) -> Tensor:
@@ -189,10 +296,14 @@ def group_sums(probs: Tensor, groups: Tensor, num_groups: int) -> Tensor:
 
 def regroup_probs(probs: Tensor, groups: Tensor, num_groups: int, rule: Rule) -> Tensor:
     """Probabilities [B, H, R, K], each multiplied by its key group's factor."""
-    factors = rule(group_sums(probs, groups, num_groups)).transpose(1, 2)
+    return probs * _by_key(rule(group_sums(probs, groups, num_groups)), groups, probs)
+
+
+def _by_key(per_group: Tensor, groups: Tensor, probs: Tensor) -> Tensor:
+    """Numbers of key groups [B, R, H, G] as numbers of keys [B, H, R, K]."""
     index = groups.long().unsqueeze(-2)
     index = (index[:, None] if groups.ndim == 2 else index).expand(probs.shape)
-    return probs * factors.expand(*probs.shape[:3], num_groups).gather(-1, index)
+    return per_group.transpose(1, 2).expand(*probs.shape[:3], -1).gather(-1, index)
 
 
 def group_sizes(groups: Tensor, num_groups: int) -> Tensor:

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import vlm_models as tiny
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
+from vlm_methods import CASES
 
 from attnzoo import vlm
 from attnzoo.errors import ReachError, SeamError, UnsupportedError
@@ -233,6 +234,44 @@ def test_opera_stacks_with_edits() -> None:
     assert any(p >= 0 for step in steps for p in step.rollback_positions)
     assert [lean([row], edits=edits)[0][0] for row in rows] == whole
     assert lean(rows, "eager", edits=edits)[0] == whole
+
+
+STACKED = [case if case in ("vhr", "paint") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_every_edit_under_opera(case: str) -> None:
+    """A batch that goes back prompt by prompt is its rows: what an edit knows of a prompt goes with it."""
+    rows = leaning_model()[1]
+    edits = [CASES[case]]
+    whole, _ = lean(rows, edits=edits)
+    assert [lean([row], edits=edits)[0][0] for row in rows] == whole
+
+
+@pytest.mark.parametrize("name", ["vcd", "pai_guidance"])
+@pytest.mark.parametrize("case", STACKED)
+def test_every_edit_under_a_contrast(case: str, name: str) -> None:
+    model, rows = model_of("llava")
+    both = inputs_of("llava")
+    how = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, **SUPPRESS}
+    with vlm.edit(model, [CASES[case], (name, CONTRASTS.get(name, {}))]) as session:
+        whole = answers(session.generate(**both, **how), both)
+        for index, row in enumerate(rows):
+            alone = tiny.batch("llava", [row])
+            assert answers(session.generate(**alone, **how), alone)[0] == whole[index]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model, rows = tiny.build("llava")
+    model.to(dtype)
+    inputs = tiny.batch("llava", rows)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    stock = model.generate(**inputs, max_new_tokens=5, do_sample=False, **SUPPRESS)
+    for name in ("opera", *CONTRASTS):
+        with vlm.edit(model, name, **CONTRASTS.get(name, {})) as session:
+            found = session.generate(**inputs, max_new_tokens=5, do_sample=False, **SUPPRESS)
+        assert found.shape == stock.shape
 
 
 def test_opera_refuses_by_name() -> None:

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from attnzoo.errors import SeamError, UnsupportedError, check_range, check_same, check_tensor
 from attnzoo.vlm.checks import as_number
 from attnzoo.vlm.lookahead import CACHES, Stream
+from attnzoo.vlm.rehearsal import kept_positions
 
 if TYPE_CHECKING:
     from attnzoo.vlm.session import Session
@@ -114,22 +115,25 @@ def _rows(
 class SecondView:
     """Logits of a second view of a batch of prompts, behind the answers that the first view has so far.
 
+    edited: whether the session's edits hold in it.
+
     It has a cache of its own. Each new row of ids, one token longer, is found among the rows before by its prefix, so
     that greedy, sampled and beam search need not say which row continues which.
     """
 
-    def __init__(self, session: Session, inputs: dict[str, Any]):
+    def __init__(self, session: Session, inputs: dict[str, Any], edited: bool = True):
         model: Any = session.model
         ids = inputs["input_ids"]
         kwargs = {name: value for name, value in inputs.items() if name != "input_ids"}
         kwargs["use_cache"] = True
         accepted = inspect.signature(model.forward).parameters
         if "position_ids" in accepted:
-            kwargs["position_ids"] = model._prepare_position_ids_for_generation(ids, kwargs)
+            with kept_positions(model):
+                kwargs["position_ids"] = model._prepare_position_ids_for_generation(ids, kwargs)
         if "logits_to_keep" in accepted:
             kwargs["logits_to_keep"] = 1
         cache = DynamicCache(config=model.config.get_text_config())
-        run = functools.partial(session.forward, prompt_length=ids.shape[1])
+        run = functools.partial(session.forward, prompt_length=ids.shape[1]) if edited else session.plain_forward
         self.stream = Stream(model, kwargs, cache, run)
         self.ids = ids
         self.known: Tensor | None = None
@@ -139,7 +143,8 @@ class SecondView:
         """[R, V] for the first view's ids [R, L], R a multiple of the prompts."""
         stream = self.stream
         if self.known is None:
-            found = stream.prompt(self.ids)
+            with kept_positions(stream.model):
+                found = stream.prompt(self.ids)
             repeats, rest = divmod(len(input_ids), len(found))
             if rest:
                 raise SeamError(f"{len(input_ids)} rows are no multiple of the {len(found)} prompts of the second view")
@@ -183,6 +188,7 @@ class _Contrastive:
     """What the contrastive ways share; see Vcd, Icd, PaiGuidance."""
 
     beta: float = 0.1
+    edited: ClassVar[bool] = True  # whether the session's edits hold in the second view too
 
     def __post_init__(self) -> None:
         as_number("beta", self.beta, 0.0, 1.0)
@@ -210,7 +216,7 @@ class _Contrastive:
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = _mask(ids, pad, kwargs.get("eos_token_id", config.eos_token_id))
         pad = pad if type(pad) is int else 0
-        view = SecondView(session, self._second(inputs, image, pad))
+        view = SecondView(session, self._second(inputs, image, pad), self.edited)
         beams = kwargs.get("num_beams") or config.num_beams or 1
         processors = [*(kwargs.pop("logits_processor", None) or ()), Contrast(view, self._combine, beams > 1)]
         return model.generate(*args, **kwargs, logits_processor=LogitsProcessorList(processors))
@@ -310,12 +316,13 @@ class PaiGuidance(_Contrastive):
     gamma: strength, gamma (l - u) + u of log-probabilities; 1 with beta=0 changes nothing. PAI itself is
     edit(model, ["pai", "pai_guidance"]). beta: as in VCD.
 
-    Differences from the authors' code: the picture's tokens are taken out of each row's own prompt; other edits of the
-    session hold in both views (those of image keys find none there).
+    As in the authors' code, the session's edits hold in the first view only. Difference from it: the picture's tokens
+    are taken out of each row's own prompt, in batches and with beams too.
     Raises TypeError or ValueError for arguments out of range.
     """
 
     gamma: float = 1.1
+    edited: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

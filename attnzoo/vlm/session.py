@@ -33,13 +33,14 @@ _PIXELS = ("pixel_values", "pixel_values_videos")
 class _Call:
     """What `session.generate` and `session.forward` know beyond a plain call.
 
-    also: edits that hold for this call alone (what a decoding loop reads).
+    also: edits that hold for this call alone (what a decoding loop reads). plain: no edit holds for this call.
     """
 
     session: Session
     prompt_length: int | None
     image_mask: Tensor | None
     also: tuple[Edit, ...] = ()
+    plain: bool = False
 
 
 _open_here: ContextVar[tuple[Session, ...]] = ContextVar("attnzoo_vlm_open", default=())
@@ -82,7 +83,7 @@ class _Record:
         """The sessions that hold for the call that is running in this thread."""
         call = _call.get()
         if call is not None and call.session.model is model:
-            return call.session.stack()
+            return () if call.plain else call.session.stack()
         still = tuple(self.sessions)
         own = tuple(s for s in _open_here.get() if s in still)
         if own or not still:
@@ -419,6 +420,14 @@ class Session:
     ) -> Any:
         """`model(...)` under this session; positions from prompt_length on are an answer that is scored, not prompt."""
         return self._run(self.model, prompt_length, image_mask, args, kwargs)
+
+    def plain_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`model(...)` without the edits, for a decoding's second view."""
+        token = _call.set(_Call(self, None, None, plain=True))
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            _call.reset(token)
 
     def _run(
         self, function: Callable[..., Any], prompt_length: int | None, image_mask: Tensor | None, args: Any, kwargs: Any

@@ -7,6 +7,7 @@ with attnzoo.vlm.edit(model, "var"):
 from __future__ import annotations
 
 from attnzoo.vlm.asking import ask
+from attnzoo.vlm.bottleneck import bottleneck
 from attnzoo.vlm.carving import carve
 from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Probe, Reading, Regroup
 from attnzoo.vlm.image_tokens import FAMILIES, image_positions
@@ -24,6 +25,7 @@ __all__ = [
     "Regroup",
     "Session",
     "ask",
+    "bottleneck",
     "carve",
     "edit",
     "image_positions",

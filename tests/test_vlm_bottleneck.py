@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-open_clip = pytest.importorskip("open_clip")
+pytest.importorskip("open_clip")
 
 from open_clip.transformer import VisionTransformer
 

@@ -1,4 +1,4 @@
-"""TAB's editable bottleneck (arXiv 2412.18675; code anguyen8/TAB): the CLS token's map over patches, to read and to set.
+"""TAB's editable bottleneck (arXiv 2412.18675; code anguyen8/TAB): the CLS token's map over patches, read and set.
 
 TAB is a trained layer: one head, no residual, whose CLS row over the patches is scaled with its own sum, so that a map
 of zeros lets nothing of the picture through. This is its map as a hook for CLIP-style towers (open_clip's, or anything
@@ -103,8 +103,8 @@ def bottleneck(
     tower: open_clip's vision transformer, or a module with `transformer.resblocks` (or `resblocks`) whose blocks hold a
         torch.nn.MultiheadAttention as `attn` and a CLS token in front. Its class is not asked for: open_clip itself is
         not needed.
-    edit_map: [B, heads, P] -> the same, what goes on instead: zeros to hide the picture, a mask to hide patches, numbers
-        of your own to point. Its rows need not sum to anything. None only reads.
+    edit_map: [B, heads, P] -> the same, what goes on instead: zeros to hide the picture, a mask to hide patches,
+        numbers of your own to point. Its rows need not sum to anything. None only reads.
     layer: which block, from the end where negative.
     gate: the map is A_cls sum_i A_cls,i and patches alone go on (TAB). False: the plain row; the CLS token's own share
         goes on too, and edit_map=None then leaves the layer as it was.

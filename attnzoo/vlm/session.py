@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +16,16 @@ from transformers import Cache, PreTrainedModel
 
 from attnzoo.errors import SeamError, UnsupportedError, check_tensor
 from attnzoo.vlm import interception
-from attnzoo.vlm.act import act
 from attnzoo.vlm.call import CallState
 from attnzoo.vlm.edits import Edit, Plan, Rehearse, Tap, make_plan
-from attnzoo.vlm.gift import gift
 from attnzoo.vlm.image_tokens import image_positions, image_token_ids, refuse_unsupported
 from attnzoo.vlm.interception import ARGUMENT, LOCK, PASSED
-from attnzoo.vlm.masks import eemllm, mma, moda, prefix
-from attnzoo.vlm.pai import pai
-from attnzoo.vlm.paint import paint
-from attnzoo.vlm.pasta import pasta
+from attnzoo.vlm.methods import METHODS, Named, edits_of
 from attnzoo.vlm.rehearsal import kept_positions, rehearsal_of
 from attnzoo.vlm.state import Step
-from attnzoo.vlm.var import var
-from attnzoo.vlm.vhr import vhr
-from attnzoo.vlm.vif import vif
-from attnzoo.vlm.zerotuning import zerotuning
 
-METHODS: dict[str, Callable[..., tuple[Edit, ...]]] = {
-    "pai": pai,
-    "var": var,
-    "gift": gift,
-    "paint": paint,
-    "pasta": pasta,
-    "zerotuning": zerotuning,
-    "act": act,
-    "vif": vif,
-    "vhr": vhr,
-    "mma": mma,
-    "eemllm": eemllm,
-    "prefix": prefix,
-    "moda": moda,
-}
+__all__ = ["METHODS", "Named", "Session", "edit", "real_tokens"]
+
 _CACHES = ("cache", "past_key_values")  # the argument's and output's name since transformers 5.24, and before
 _PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -411,9 +388,6 @@ class Session:
             _call.reset(token)
 
 
-Named = str | tuple[str, dict[str, Any]] | Edit
-
-
 def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any) -> Session:
     """Edit the attention of a vision-language model's text tower within a `with` block.
 
@@ -441,50 +415,9 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
     text = model.config.get_text_config()
     if depth != text.num_hidden_layers:
         raise UnsupportedError(f"the text tower has {depth} layers, its config says {text.num_hidden_layers}")
-    edits = _edits(text, methods, kwargs)
+    edits = edits_of(text, methods, kwargs)
     make_plan(edits, depth, text.num_attention_heads)
     for tap in edits:
         if isinstance(tap, Tap):
             tap.find(model)
     return Session(model, edits)
-
-
-def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
-    kinds = get_args(Edit)
-    single = isinstance(methods, (str, *kinds)) or (
-        isinstance(methods, tuple) and len(methods) == 2 and isinstance(methods[1], dict)
-    )
-    named: list[Any] = [methods] if single else _listed(methods)
-    if kwargs and (not single or not isinstance(methods, str)):
-        raise TypeError(f"arguments ({', '.join(kwargs)}) need one method, given by name; got {methods!r}")
-    edits: list[Edit] = []
-    for entry in named:
-        if isinstance(entry, kinds):
-            edits.append(entry)
-            continue
-        name, own = (entry, kwargs) if isinstance(entry, str) else _pair(entry)
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=2, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"methods must name some of {', '.join(map(repr, METHODS))}, got {name!r}{hint}")
-        accepted = [p for p in inspect.signature(METHODS[name]).parameters if p != "text_config"]
-        for argument in own:
-            if argument not in accepted:
-                raise TypeError(f"{name!r} has no argument {argument!r}; it has {', '.join(accepted)}")
-        edits.extend(METHODS[name](text_config, **own))
-    return tuple(edits)
-
-
-def _listed(methods: Any) -> list[Any]:
-    if not isinstance(methods, Iterable):
-        raise TypeError(f"methods must be a name, (name, arguments), an edit, or an iterable of these; got {methods!r}")
-    named = list(methods)
-    if not named:
-        raise ValueError("methods must name at least one method, got none")
-    return named
-
-
-def _pair(entry: Any) -> tuple[str, dict[str, Any]]:
-    if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)):
-        raise TypeError(f"methods must hold names, (name, arguments) pairs or edits, got {entry!r}")
-    return entry

@@ -30,7 +30,7 @@ from attnzoo.vlm.edits import (
 )
 
 _FOREIGN = ("position_bias", "s_aux", "cache")  # arguments that change an attention in a way that edits don't know
-MOST_ROWS = 1024  # edited at a time
+MOST_ROWS = 512  # edited at a time
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ transformers' layout throughout: query [B, H, Q, D], key and value [B, Hkv, K, D
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -226,7 +226,7 @@ class Rows:
     """A run of one layer's rows: what they see and what is edited in them; gives their output, and reads them.
 
     query [B, H, R, D]; key, value [B, Hkv, K, D]. visibility serves the fused formulation, mask (see dense_probs) the
-    dense one.
+    dense one. real: bool [B, R], rows that are no padding, where read-outs that sum over rows must leave it out.
     """
 
     query: Tensor
@@ -238,6 +238,7 @@ class Rows:
     dense: bool
     visibility: Visibility | None
     mask: Tensor | None
+    real: Tensor | None = None
 
     def output(self) -> tuple[Tensor, Tensor | None]:
         """(output [B, R, H, Dv], probabilities [B, H, R, K] where the formulation is dense)."""
@@ -265,10 +266,16 @@ class Rows:
     def column_sums(self) -> Tensor:
         """What each key gets from these rows before re-weighting, [B, H, K]."""
         if self.dense:
-            return self._dense().sum(2)
+            found = self._dense()
+            return (found if self.real is None else found * self.real[:, None, :, None]).sum(2)
+        seen = self.visibility
+        if self.real is not None and seen is not None and seen.mask is not None:  # else padding sees nothing anyway
+            rows, mask = self.real[:, None, :, None], seen.mask
+            hidden = mask & rows if mask.dtype == torch.bool else mask.masked_fill(~rows, -torch.inf)
+            seen = replace(seen, mask=hidden)
         with torch.no_grad():
             query, key = self.query.transpose(1, 2), self.key.transpose(1, 2)
-            return attention_column_sums(query, key, self.visibility, self.scale, **self.edits.of_logits(self.softcap))
+            return attention_column_sums(query, key, seen, self.scale, **self.edits.of_logits(self.softcap))
 
     def masses(self, groups: Tensor, num_groups: int) -> Tensor:
         """What key groups, uint8 [B, K] or [B, H, K], get before re-weighting, [B, R, H, G]."""

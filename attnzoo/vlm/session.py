@@ -21,9 +21,11 @@ from attnzoo.vlm.decoding import Decoding, make_decoding, split_decoding
 from attnzoo.vlm.edits import Edit, Plan, Rehearse, Tap, make_plan
 from attnzoo.vlm.image_tokens import image_positions, image_token_ids, refuse_unsupported
 from attnzoo.vlm.interception import ARGUMENT, LOCK, PASSED
-from attnzoo.vlm.naming import Named, make_edits
+from attnzoo.vlm.methods import METHODS, Named, edits_of
 from attnzoo.vlm.rehearsal import kept_positions, rehearsal_of
 from attnzoo.vlm.state import Step
+
+__all__ = ["METHODS", "Named", "Session", "edit", "real_tokens"]
 
 _CACHES = ("cache", "past_key_values")  # the argument's and output's name since transformers 5.24, and before
 _PIXELS = ("pixel_values", "pixel_values_videos")
@@ -471,7 +473,7 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
     if depth != text.num_hidden_layers:
         raise UnsupportedError(f"the text tower has {depth} layers, its config says {text.num_hidden_layers}")
     methods, kwargs, decoding = split_decoding(methods, kwargs)
-    edits = make_edits(text, methods, kwargs) if decoding is None or methods else ()
+    edits = edits_of(text, methods, kwargs) if decoding is None or methods else ()
     make_plan(edits, depth, text.num_attention_heads)
     for tap in edits:
         if isinstance(tap, Tap):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from attnzoo.vlm.edits import (
 )
 
 _FOREIGN = ("position_bias", "s_aux", "cache")  # arguments that change an attention in a way that edits don't know
-MOST_ROWS = 1024  # edited at a time
+MOST_ROWS = 512  # edited at a time
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,14 @@ class Step:
             for edit, _ in edits:
                 if isinstance(edit, Observe):
                     self._refuse_chunks(f"what an edit of layer {layer} reads from the prompt's attention")
-                    view = View(layer, self.prompt_stop, lambda first, last: rows_of(first, last, RowEdits()))
+                    assert self.state.real is not None
+                    real = self.state.real.repeat_interleave(batch // len(self.state.real), 0).to(query.device)
+                    plain = RowEdits()
+
+                    def seen_rows(first: int, last: int, real: Tensor = real, plain: RowEdits = plain) -> Rows:
+                        return replace(rows_of(first, last, plain), real=real[:, first:last])
+
+                    view = View(layer, self.prompt_stop, seen_rows)
                     edit.look(layer, view, self.state.facts)
         pieces, rows_weights = [], []
         readings: dict[int, list[Tensor]] = {}

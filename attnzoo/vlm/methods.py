@@ -1,4 +1,4 @@
-"""The methods by name, and how what `edit` was given becomes edits."""
+"""The methods by name, each a function of the text tower's config that gives its edits."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ METHODS: dict[str, Callable[..., tuple[Edit, ...]]] = {
     "prefix": prefix,
     "moda": moda,
 }
+
 Named = str | tuple[str, dict[str, Any]] | Edit
 
 
-def make_edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
-    """The edits of methods by name, as `attnzoo.vlm.edit` takes them; raises what it raises."""
+def edits_of(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
+    """The edits that names, pairs and edits stand for (see attnzoo.vlm.edit, which says what it raises)."""
     kinds = get_args(Edit)
     single = isinstance(methods, (str, *kinds)) or (
         isinstance(methods, tuple) and len(methods) == 2 and isinstance(methods[1], dict)

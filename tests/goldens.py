@@ -88,6 +88,22 @@ _MODULES = {
     "goldens_vlm": (
         "var",
         "pai",
+        "gift",
+        "paint",
+        "pasta",
+        "zerotuning",
+        "act",
+        "vif",
+        "mma",
+        "carve",
+    ),
+    "goldens_vlm_loops": (
+        "opera",
+        "vcd",
+    ),
+    "goldens_vlm_scorers": (
+        "chair",
+        "pope",
     ),
 }
 # Variants (file stems without number) that are not run in float64, and why.

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from attnzoo.errors import ReachError, UnsupportedError, check_range
+from attnzoo.vlm.contrast import ICD_INSTRUCTION
 from attnzoo.vlm.session import Named, edit
 
 Picture = str | os.PathLike | Image.Image
@@ -76,7 +77,7 @@ def ask(
     check_range("max_new_tokens", max_new_tokens, 1)
     if method is None and kwargs:
         raise TypeError(f"arguments ({', '.join(kwargs)}) need a method; got method=None")
-    pictures = [_open(p) for p in ([image] if isinstance(image, Picture) else image)]
+    pictures = [open_picture(p) for p in ([image] if isinstance(image, Picture) else image)]
     if not pictures:
         raise ValueError("image must hold at least one picture, got none")
     if isinstance(model, str | os.PathLike):
@@ -88,6 +89,7 @@ def ask(
         if torch.is_floating_point(value):
             inputs[name] = value.to(model.dtype)
     arguments: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    method, kwargs = _instructed(method, kwargs, processor)
     with torch.inference_mode():
         if method is None:
             tokens = model.generate(**inputs, **arguments)
@@ -112,7 +114,23 @@ def prepare(processor: Any, pictures: Sequence[Image.Image], prompt: str) -> Any
     return processor(images=list(pictures), text=text, return_tensors="pt")
 
 
-def _open(picture: Any) -> Image.Image:
+def _instructed(method: Any, kwargs: dict[str, Any], processor: Any) -> tuple[Any, dict[str, Any]]:
+    """ICD's instruction in this processor's tokens, where "icd" is named without one."""
+
+    def filled(entry: Any) -> Any:
+        name, own = (entry, {}) if isinstance(entry, str) else entry if isinstance(entry, tuple) else (None, {})
+        if name != "icd" or "instruction_ids" in own:
+            return entry
+        ids = processor.tokenizer(ICD_INSTRUCTION, add_special_tokens=False).input_ids
+        return "icd", {"instruction_ids": ids, **own}
+
+    if method == "icd":
+        return "icd", {**filled("icd")[1], **kwargs}
+    return [filled(entry) for entry in method] if isinstance(method, list) else filled(method), kwargs
+
+
+def open_picture(picture: Any) -> Image.Image:
+    """A path or PIL image as RGB; raises TypeError for anything else, ReachError for what can't be read."""
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     if not isinstance(picture, str | os.PathLike):

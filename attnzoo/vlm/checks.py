@@ -40,3 +40,18 @@ def as_layers(value: object, num_layers: int, first: int, last: int | None = Non
     if not given:
         raise ValueError("layers must name at least one layer, got none")
     return tuple(sorted(set(given)))
+
+
+def as_heads(name: str, value: object, num_heads: int) -> tuple[int, ...] | None:
+    """Head indices, sorted and without repeats; None (all heads) stays None.
+
+    Raises TypeError for what is no iterable of integers, ValueError for an empty one or an index out of range.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be an iterable of integers or None, got {type(value).__name__}: {value!r}")
+    given = tuple(value)
+    if not given or any(type(head) is not int or not 0 <= head < num_heads for head in given):
+        raise ValueError(f"{name} must hold integers from 0 to {num_heads - 1}, at least one, got {value!r}")
+    return tuple(sorted(set(given)))

@@ -20,7 +20,7 @@ def pai(text_config: Any, alpha: float = 0.2, layers: object = None, compat: str
 
     Other differences from the authors' code: image positions come from each row's own tokens (several images, padding
     and beams included) instead of one fixed span; the logits are edited in float32, not in the model's type. The
-    paper's second part, guidance against a text-only prompt (gamma), is not in here.
+    paper's second part, guidance against a text-only prompt (gamma), is "pai_guidance", which stacks with this.
 
     Raises TypeError or ValueError for an alpha below 0 or not a number, a layer that does not exist, another compat.
     """

@@ -16,29 +16,40 @@ from transformers import Cache, PreTrainedModel
 
 from attnzoo.errors import SeamError, UnsupportedError, check_tensor
 from attnzoo.vlm import interception
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Regroup, make_plan
+from attnzoo.vlm.call import CallState
+from attnzoo.vlm.decoding import Decoding, make_decoding, split_decoding
+from attnzoo.vlm.edits import Edit, Plan, Rehearse, Tap, make_plan
 from attnzoo.vlm.image_tokens import image_positions, image_token_ids, refuse_unsupported
 from attnzoo.vlm.interception import ARGUMENT, LOCK, PASSED
-from attnzoo.vlm.pai import pai
-from attnzoo.vlm.state import CallState, Step
-from attnzoo.vlm.var import var
+from attnzoo.vlm.methods import METHODS, Named, edits_of
+from attnzoo.vlm.rehearsal import kept_positions, rehearsal_of
+from attnzoo.vlm.state import Step
 
-METHODS: dict[str, Callable[..., tuple[Edit, ...]]] = {"pai": pai, "var": var}
+__all__ = ["METHODS", "Named", "Session", "edit", "real_tokens"]
+
 _CACHES = ("cache", "past_key_values")  # the argument's and output's name since transformers 5.24, and before
 _PIXELS = ("pixel_values", "pixel_values_videos")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Call:
-    """What `session.generate` and `session.forward` know beyond a plain call."""
+    """What `session.generate` and `session.forward` know beyond a plain call.
+
+    also: edits that hold for this call alone (what a decoding loop reads). plain: no edit holds for this call.
+    """
 
     session: Session
     prompt_length: int | None
     image_mask: Tensor | None
+    also: tuple[Edit, ...] = ()
+    plain: bool = False
 
 
 _open_here: ContextVar[tuple[Session, ...]] = ContextVar("attnzoo_vlm_open", default=())
 _call: ContextVar[_Call | None] = ContextVar("attnzoo_vlm_call", default=None)
+_rehearsed: ContextVar[tuple[nn.Module, Step] | None] = ContextVar("attnzoo_vlm_rehearsed", default=None)
+_ahead: ContextVar[dict[Any, Any] | None] = ContextVar("attnzoo_vlm_ahead", default=None)
+_running: ContextVar[tuple[nn.Module, Step] | None] = ContextVar("attnzoo_vlm_running", default=None)
 _records: weakref.WeakKeyDictionary[nn.Module, _Record] = weakref.WeakKeyDictionary()
 
 
@@ -53,7 +64,7 @@ class _Record:
         self.attentions: list[Any] = [layer.self_attn for layer in layers]
         self.handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, with_kwargs=True),
+            model.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         ]
         for index, layer in enumerate(layers):
             self.handles.append(layer.register_forward_pre_hook(_residual_hook(index), with_kwargs=True))
@@ -74,7 +85,7 @@ class _Record:
         """The sessions that hold for the call that is running in this thread."""
         call = _call.get()
         if call is not None and call.session.model is model:
-            return call.session.stack()
+            return () if call.plain else call.session.stack()
         still = tuple(self.sessions)
         own = tuple(s for s in _open_here.get() if s in still)
         if own or not still:
@@ -90,15 +101,21 @@ class _Record:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of the model: put this forward's Step among its arguments."""
+        inner = _rehearsed.get()
+        if inner is not None and inner[0] is model:
+            _running.set(inner)
+            return args, {**kwargs, ARGUMENT: inner[1]}
         sessions = self.applicable(model)
         given = dict(zip(self.parameters, args)) | kwargs
         step: Any = self.step(model, sessions, given) if sessions else PASSED
+        _running.set((model, step) if sessions else None)
         return args, {**kwargs, ARGUMENT: step}
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the model: was every layer edited? Bind what is known about the prompt to its cache."""
+        _running.set(None)
         step = kwargs.get(ARGUMENT)
-        if not isinstance(step, Step):
+        if not isinstance(step, Step) or output is None:  # None: an exception passes
             return
         missed = sorted(set(step.state.plan) - step.met)
         if missed:
@@ -117,13 +134,21 @@ class _Record:
         check_tensor("input_ids (or inputs_embeds)", source)
         assert source is not None
         length = source.shape[1]
+        if call is None and any(s.decoding is not None for s in sessions):
+            raise UnsupportedError(
+                f"this session decodes with {next(s.decoding for s in sessions if s.decoding is not None)!r}, which "
+                "plain model.generate(...) would not do: call session.generate(...) or session.forward(...)"
+            )
         cache = _first(given.get, _CACHES)
         past = int(cache.get_seq_length()) if cache is not None else 0
         keep = given.get("logits_to_keep")
         keep = keep if isinstance(keep, int) and 0 < keep <= length else None
         declared = call.prompt_length if call is not None else None
         if past == 0:
-            state = CallState(_plan(sessions), sessions)
+            state = CallState(_plan(sessions, call.also if call is not None else ()), sessions)
+            for session, notes in (_ahead.get() or {}).items():
+                state.notes.update(notes if session in sessions else {})
+            _ahead.set(None)
             if cache is not None:
                 self.states[cache] = state
             stop = declared if declared is not None else length - (keep or 1) + 1
@@ -138,7 +163,26 @@ class _Record:
         prompt_stop = min(past + length, stop)
         if prompt_stop > past:
             self._read_prompt(model, state, given, call, past, prompt_stop, last=prompt_stop == stop)
+            for rehearsal in _of_kind(sessions, Rehearse):
+                if past or prompt_stop < stop:
+                    raise UnsupportedError("an edit that runs a forward ahead needs the whole prompt in one forward")
+                self._rehearse(model, state, given, rehearsal, stop)
         return Step(state, past, length, stop - 1, max(prompt_stop, past))
+
+    @staticmethod
+    def _rehearse(model: Any, state: CallState, given: dict[str, Any], rehearsal: Rehearse, stop: int) -> None:
+        """Run the forward that an edit wants to have seen; it writes into the prompt's notes."""
+        text = model.config.get_text_config()
+        plan = make_plan(rehearsal.edits(state.facts), text.num_hidden_layers, text.num_attention_heads)
+        inputs, inner = rehearsal_of(rehearsal.inputs, given, state, plan, stop)
+        outer, step = _running.get(), Step(inner, 0, inner.prompt, inner.prompt - 1, inner.prompt)
+        token = _rehearsed.set((model, step))
+        try:
+            with torch.no_grad(), kept_positions(model):
+                model(**inputs)
+        finally:
+            _rehearsed.reset(token)
+            _running.set(outer)
 
     def _known(self, cache: Any, sessions: tuple[Session, ...]) -> CallState:
         state = self.states.get(cache)
@@ -181,7 +225,7 @@ class _Record:
                 f"pixel values were given, but no image token {image_token_ids(model.config)} stands in the prompt; "
                 "with inputs_embeds that hold image features already, pass image_mask to session.generate"
             )
-        state.extend(past, image, real, whole)
+        state.extend(past, image, real, whole, None if ids is None else ids[:, :count])
 
 
 def real_tokens(mask: Any, past: int, length: int, device: torch.device) -> Tensor | None:
@@ -228,9 +272,26 @@ def _residual_hook(layer: int) -> Callable[..., None]:
     return hook
 
 
-def _plan(sessions: tuple[Session, ...]) -> Plan:
+def _of_kind(sessions: tuple[Session, ...], kind: type) -> list[Any]:
+    return [edit for session in sessions for edit in session.edits if isinstance(edit, kind)]
+
+
+def _tap_hook(tap: Tap, index: int, model: nn.Module, session: Session) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = _running.get()
+        if running is not None and running[0] is model and session in running[1].state.sessions:
+            tap.read(index, module, args, kwargs, running[1].state.notes)
+        elif running is None:  # generate() may encode pictures before the prompt's forward
+            notes = (_ahead.get() or {}).get(session, {})
+            _ahead.set({session: notes})
+            tap.read(index, module, args, kwargs, notes)
+
+    return hook
+
+
+def _plan(sessions: tuple[Session, ...], also: tuple[Edit, ...] = ()) -> Plan:
     config = sessions[0].model.config.get_text_config()
-    edits = tuple(edit for session in sessions for edit in session.edits)
+    edits = (*(edit for session in sessions for edit in session.edits), *also)
     return make_plan(edits, config.num_hidden_layers, config.num_attention_heads)
 
 
@@ -243,11 +304,13 @@ class Session:
     back the text tower's attention implementation and takes all hooks away.
     """
 
-    def __init__(self, model: PreTrainedModel, edits: tuple[Edit, ...]):
+    def __init__(self, model: PreTrainedModel, edits: tuple[Edit, ...], decoding: Decoding | None = None):
         self.model = model
         self.edits = edits
+        self.decoding = decoding
         self.owner: int | None = None
         self._below: tuple[Session, ...] = ()
+        self._taps: list[Any] = []
 
     @property
     def is_open(self) -> bool:
@@ -273,6 +336,10 @@ class Session:
                 interception.release(self.model)
                 raise
             record.sessions.append(self)
+            for tap in _of_kind((self,), Tap):
+                for index, module in enumerate(tap.find(self.model)):
+                    hook = _tap_hook(tap, index, self.model, self)
+                    self._taps.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self.owner, self._below = threading.get_ident(), below
         _open_here.set((*(s for s in _open_here.get() if s.is_open), self))
         return self
@@ -287,17 +354,27 @@ class Session:
             if record is None or self not in record.sessions:
                 return
             record.sessions.remove(self)
+            for handle in self._taps:
+                handle.remove()
+            self._taps = []
             if not record.sessions:
                 record.close()
                 del _records[self.model]
             interception.release(self.model)
         _open_here.set(tuple(s for s in _open_here.get() if s is not self))
 
-    def generate(self, *args: Any, image_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        image_mask: Tensor | None = None,
+        decoding: str | tuple[str, dict[str, Any]] | Decoding | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`model.generate` under this session, from any thread.
 
         It knows where the prompt ends, so further turns on one cache, prefill in chunks and use_cache=False are edited
         as the plain case is. image_mask: bool [B, prompt length], for `inputs_embeds` that hold image features already.
+        decoding: a way to decode, as for `edit`; None: the one of this session or of those around it, or plain.
         Raises RuntimeError where the session is not open.
         """
         inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -308,13 +385,51 @@ class Session:
         length = None if known is None else known.shape[1]
         if image_mask is None and isinstance(inputs, Tensor) and inputs.ndim == 2 and inputs.shape[1] == length:
             image_mask = image_positions(self.model, inputs, None)
-        return self._run(cast(Any, self.model).generate, length, image_mask, args, kwargs)
+        way = self._way(decoding)
+        if way is None:
+            return self._run(cast(Any, self.model).generate, length, image_mask, args, kwargs)
+
+        def generate(*own: Any, **named: Any) -> Any:
+            return way.generate(self, own, named, image_mask)
+
+        return self._run(generate, length, image_mask, args, kwargs)
+
+    def _way(self, decoding: Any) -> Decoding | None:
+        if isinstance(decoding, str):
+            return make_decoding(decoding, {})
+        if isinstance(decoding, tuple):
+            return make_decoding(*decoding)
+        if decoding is not None:
+            return decoding
+        ways = [s.decoding for s in self.stack() if s.decoding is not None]
+        if len(ways) > 1:
+            raise UnsupportedError(f"a session decodes in one way, got {len(ways)} of them nested: {ways}")
+        return ways[0] if ways else None
+
+    def also(self, *edits: Edit) -> None:
+        """For a decoding loop, within `generate`: these edits hold from here to the call's end."""
+        call = _call.get()
+        assert call is not None and call.session is self
+        call.also = (*call.also, *edits)
+
+    def adopt(self, cache: Cache, other: Cache, sequences: Tensor) -> None:
+        """For a decoding loop, within `generate`: `other` holds these sequences [S] of `cache`, prompt and answer."""
+        states = _records[self.model].states
+        states[other] = states[cache].select(sequences)
 
     def forward(
         self, *args: Any, prompt_length: int | None = None, image_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """`model(...)` under this session; positions from prompt_length on are an answer that is scored, not prompt."""
         return self._run(self.model, prompt_length, image_mask, args, kwargs)
+
+    def plain_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`model(...)` without the edits, for a decoding's second view."""
+        token = _call.set(_Call(self, None, None, plain=True))
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            _call.reset(token)
 
     def _run(
         self, function: Callable[..., Any], prompt_length: int | None, image_mask: Tensor | None, args: Any, kwargs: Any
@@ -330,9 +445,6 @@ class Session:
             _call.reset(token)
 
 
-Named = str | tuple[str, dict[str, Any]] | Edit
-
-
 def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any) -> Session:
     """Edit the attention of a vision-language model's text tower within a `with` block.
 
@@ -342,8 +454,9 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
             session.generate(**inputs)
 
     model: a transformers model whose text tower runs on "sdpa" or "eager".
-    methods: "var", "pai", (name, {its arguments}), an Edit of attnzoo.vlm.edits, or an iterable of these.
-    kwargs: arguments of the method, where there is one, by name (see attnzoo.vlm.var.var, attnzoo.vlm.pai.pai).
+    methods: a name of attnzoo.vlm.METHODS, (name, {its arguments}), an Edit of attnzoo.vlm.edits, or an iterable of
+        these.
+    kwargs: arguments of the method, where there is one, by name: those of METHODS[name] but for the first.
 
     Raises TypeError or ValueError for a wrong model, method or argument, and UnsupportedError for a model or attention
     implementation that can't be edited; nothing has been changed then.
@@ -359,45 +472,10 @@ def edit(model: PreTrainedModel, methods: Named | Iterable[Named], **kwargs: Any
     text = model.config.get_text_config()
     if depth != text.num_hidden_layers:
         raise UnsupportedError(f"the text tower has {depth} layers, its config says {text.num_hidden_layers}")
-    edits = _edits(text, methods, kwargs)
+    methods, kwargs, decoding = split_decoding(methods, kwargs)
+    edits = edits_of(text, methods, kwargs) if decoding is None or methods else ()
     make_plan(edits, depth, text.num_attention_heads)
-    return Session(model, edits)
-
-
-def _edits(text_config: Any, methods: Any, kwargs: dict[str, Any]) -> tuple[Edit, ...]:
-    kinds = (LogitMap, KeyBias, Regroup, HeadScale)
-    single = isinstance(methods, (str, *kinds)) or (
-        isinstance(methods, tuple) and len(methods) == 2 and isinstance(methods[1], dict)
-    )
-    named: list[Any] = [methods] if single else _listed(methods)
-    if kwargs and (not single or not isinstance(methods, str)):
-        raise TypeError(f"arguments ({', '.join(kwargs)}) need one method, given by name; got {methods!r}")
-    edits: list[Edit] = []
-    for entry in named:
-        if isinstance(entry, kinds):
-            edits.append(entry)
-            continue
-        name, own = (entry, kwargs) if isinstance(entry, str) else _pair(entry)
-        if name not in METHODS:
-            raise ValueError(f"methods must name some of {', '.join(map(repr, METHODS))}, got {name!r}")
-        accepted = [p for p in inspect.signature(METHODS[name]).parameters if p != "text_config"]
-        for argument in own:
-            if argument not in accepted:
-                raise TypeError(f"{name!r} has no argument {argument!r}; it has {', '.join(accepted)}")
-        edits.extend(METHODS[name](text_config, **own))
-    return tuple(edits)
-
-
-def _listed(methods: Any) -> list[Any]:
-    if not isinstance(methods, Iterable):
-        raise TypeError(f"methods must be a name, (name, arguments), an edit, or an iterable of these; got {methods!r}")
-    named = list(methods)
-    if not named:
-        raise ValueError("methods must name at least one method, got none")
-    return named
-
-
-def _pair(entry: Any) -> tuple[str, dict[str, Any]]:
-    if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)):
-        raise TypeError(f"methods must hold names, (name, arguments) pairs or edits, got {entry!r}")
-    return entry
+    for tap in edits:
+        if isinstance(tap, Tap):
+            tap.find(model)
+    return Session(model, edits, decoding)

@@ -1,68 +1,70 @@
-"""What a session knows while a model runs: about one prompt and its answer (CallState), about one forward (Step)."""
+"""What a session does while a model runs: one forward (Step) of a prompt or its answer (CallState, in call.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.errors import SeamError, UnsupportedError
-from attnzoo.kernels.edited_attention import Visibility
-from attnzoo.vlm.attention import RowEdits, dense_rows, fused_rows, group_sizes
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Plan, Regroup
+from attnzoo.kernels.edited_attention import MASK_ELEMENTS, Visibility
+from attnzoo.vlm.attention import RowEdits, Rows, group_sizes, sees
+from attnzoo.vlm.call import CallState
+from attnzoo.vlm.edits import (
+    ROW_EDITS,
+    HeadChoice,
+    HeadScale,
+    KeyBias,
+    LayerEdit,
+    LogitMap,
+    Mask,
+    Observe,
+    Probe,
+    Prompt,
+    Reading,
+    Regroup,
+    Spread,
+)
 
 _FOREIGN = ("position_bias", "s_aux", "cache")  # arguments that change an attention in a way that edits don't know
+MOST_ROWS = 512  # edited at a time
 
 
-@dataclass(eq=False)
-class CallState:
-    """One prompt (in one forward or in chunks) and the answer that follows it, bound to the cache that holds them.
+@dataclass(frozen=True)
+class Span:
+    """The rows of one forward that an edit holds for: from starts[b] in sequence b, up to `stop`."""
 
-    Everything here is about prompt positions, padding included; positions behind the prompt are plain text.
-    """
+    starts: list[int]
+    stop: int
 
-    plan: Plan
-    sessions: tuple[Any, ...]
-    prompt: int = 0
-    image: Tensor | None = None  # bool [B, prompt]
-    real: Tensor | None = None  # bool [B, prompt], False at padding
-    image_end: list[int] = field(default_factory=list)  # behind the last image token, 0 where there is none
-    groups: dict[int, Tensor] = field(default_factory=dict)  # layer -> uint8 [B, prompt]
-    sizes: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, G]
-    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    @property
+    def first(self) -> int:
+        return min(self.starts)
 
-    def extend(self, past: int, image: Tensor, real: Tensor, whole: Tensor | None = None) -> None:
-        """Prompt positions past .. past + n - 1 are these, [B, n]; whatever was known behind `past` is forgotten.
+    @property
+    def even(self) -> bool:
+        return self.starts.count(self.starts[0]) == len(self.starts)
 
-        whole: the image tokens of the whole prompt, where chunks of it are still to come.
-        """
-        if past:
-            image = torch.cat([self.before(self.image, past, False), image], 1)
-            real = torch.cat([self.before(self.real, past, True), real], 1)
-        self.image, self.real, self.prompt = image, real, image.shape[1]
-        known = image if whole is None else whole
-        place = torch.arange(1, known.shape[1] + 1, device=known.device)
-        self.image_end = (known * place).amax(1).tolist()
+    def holds(self, row: int) -> bool:
+        """Whether any sequence's rows have begun, and not ended, at `row`."""
+        return self.first <= row < self.stop
 
-    @staticmethod
-    def before(known: Tensor | None, past: int, fill: bool | int) -> Tensor:
-        """The first `past` columns of `known` [B, n], filled up where it has fewer (generated tokens)."""
-        assert known is not None
-        missing = max(0, past - known.shape[1])
-        return nn.functional.pad(known[:, :past], (0, missing), value=fill)
 
-    def observe(self, layer: int, edit: Regroup, hidden_states: Tensor, past: int, stop: int) -> None:
-        """Assign the layer's prompt positions past .. stop - 1 to groups, from their residual stream [B, n, C]."""
-        assert self.image is not None and self.real is not None
-        memory = self.memory.setdefault(layer, {})
-        image, real = (t[:, past:stop].to(hidden_states.device) for t in (self.image, self.real))
-        own = edit.assign(hidden_states, image, real, memory).to(torch.uint8)
-        groups = torch.cat([self.before(self.groups[layer], past, 0), own], 1) if past else own
-        self.groups[layer] = groups
-        self.sizes[layer] = group_sizes(groups, edit.num_groups)
+@dataclass(frozen=True, eq=False)
+class View:
+    """A layer's attention over a prompt, for Observe: rows(first, last) gives a run of its rows."""
+
+    layer: int
+    length: int
+    rows: Callable[[int, int], Rows]
+
+    def column_sums(self) -> Tensor:
+        """What each key gets from all rows, [B, H, K]."""
+        steps = range(0, self.length, MOST_ROWS)
+        return torch.stack([self.rows(i, min(i + MOST_ROWS, self.length)).column_sums() for i in steps]).sum(0)
 
 
 @dataclass(eq=False)
@@ -80,7 +82,7 @@ class Step:
     def observe(self, layer: int, hidden_states: Tensor) -> None:
         """Called with the residual stream [B, N, C] that enters a decoder layer."""
         for edit in self.state.plan.get(layer, ()):
-            if isinstance(edit, Regroup) and self.prompt_stop > self.past:
+            if isinstance(edit, Regroup) and edit.source == "residual" and self.prompt_stop > self.past:
                 own = hidden_states[:, : self.prompt_stop - self.past]
                 self.state.observe(layer, edit, own, self.past, self.prompt_stop)
 
@@ -99,44 +101,172 @@ class Step:
         """The layer's attention: `stock` for rows without an edit, the edited rows beside it."""
         self._check(layer, module, query, kwargs)
         self.met.add(layer)
-        edits = self.state.plan[layer]
         batch, length = query.shape[0], query.shape[2]
-        starts = [self._starts(edit.rows, batch) for edit in edits]
-        cuts = sorted({min(own) for own in starts} | {length})
-        covered = cuts[0] == 0 and all(own.count(own[0]) == batch for own in starts)
+        edits = [(edit, self._span(edit.rows, batch)) for edit in self.state.plan[layer]]
+        changes = [(edit, own) for edit, own in edits if isinstance(edit, ROW_EDITS)]
+        step = MOST_ROWS
+        if any(isinstance(edit, Mask) for edit, _ in changes):
+            step = min(step, max(1, MASK_ELEMENTS // (batch * key.shape[2])))
+        ends = {end for _, own in edits for end in (own.first, own.stop)}
+        cuts = sorted(ends | {0, length} | set(range(0, length, step) if changes else ()))
+        covered = any(own.first == 0 and own.even and own.stop == length for _, own in changes)
         output: Tensor | None = None
         weights: Tensor | None = None
         if not covered:
             output, weights = stock(module, query, key, value, mask, **kwargs)
-        if cuts[0] == length:
-            assert output is not None
-            return output, weights
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        pieces, rows_weights = [], []
-        for first, last in zip(cuts, cuts[1:]):
-            here = [(edit, own) for edit, own in zip(edits, starts) if min(own) <= first]
-            active = [self._active(own, first, last, query.device) for _, own in here]
-            rows = self._row_edits(layer, here, active, query, key)
-            part = query[:, :, first:last]
-            softcap = kwargs.get("softcap")
+        masks = [edit for edit, _ in changes if isinstance(edit, Mask)]
+
+        def rows_of(first: int, last: int, edits: RowEdits) -> Rows:
+            part, softcap = query[:, :, first:last], kwargs.get("softcap")
+            if masks:
+                seen = self._masked(masks[0], mask, first, last, batch, key, causal)
+                return Rows(part, key, value, scale, softcap, edits, dense, Visibility(False, 0, mask=seen), seen)
             if dense:
-                seen = dense_mask(mask, first, last, length, key.shape[2], causal, query.device)
-                out, probs = dense_rows(part, key, value, seen, scale, rows, softcap)
-                rows_weights.append(probs)
+                dense_seen = dense_mask(mask, first, last, length, key.shape[2], causal, query.device)
+                return Rows(part, key, value, scale, softcap, edits, True, None, dense_seen)
+            visibility = self._visibility(module, mask, first, last, key.shape[2], causal)
+            return Rows(part, key, value, scale, softcap, edits, False, visibility, None)
+
+        if self.prompt_stop > self.past:
+            for edit, _ in edits:
+                if isinstance(edit, Observe):
+                    self._refuse_chunks(f"what an edit of layer {layer} reads from the prompt's attention")
+                    assert self.state.real is not None
+                    real = self.state.real.repeat_interleave(batch // len(self.state.real), 0).to(query.device)
+                    plain = RowEdits()
+
+                    def seen_rows(first: int, last: int, real: Tensor = real, plain: RowEdits = plain) -> Rows:
+                        return replace(rows_of(first, last, plain), real=real[:, first:last])
+
+                    view = View(layer, self.prompt_stop, seen_rows)
+                    edit.look(layer, view, self.state.facts)
+        pieces, rows_weights = [], []
+        readings: dict[int, list[Tensor]] = {}
+        for first, last in zip(cuts, cuts[1:]):
+            here = [(edit, own) for edit, own in changes if own.holds(first)]
+            active = [self._active(own, first, last, query.device) for _, own in here]
+            reading = [
+                index
+                for index, (edit, own) in enumerate(edits)
+                if isinstance(edit, Probe) and edit.what != "outputs" and own.holds(first)
+            ]
+            if here or reading:
+                rows = rows_of(first, last, self._row_edits(layer, here, active, query, key))
+                for index in reading:
+                    readings.setdefault(index, []).append(self._read(edits[index][0], rows))
+            if not here:
+                assert output is not None
+                pieces.append(output[:, first:last])
+                rows_weights.append(weights[:, :, first:last] if weights is not None else None)
+                continue
+            out, probs = rows.output()
+            if output is not None and all(on is not None for on in active):
+                anywhere = torch.stack([on for on in active if on is not None]).any(0)
+                out = torch.where(anywhere[:, :, None, None], out, output[:, first:last])
+            pieces.append(out)
+            rows_weights.append(probs)
+        if changes:
+            output = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+            weights = torch.cat([w for w in rows_weights if w is not None], 2) if dense else None
+        assert output is not None
+        output = self._scale_heads(layer, output, edits)
+        for index, (edit, own) in enumerate(edits):
+            if isinstance(edit, Probe) and own.first < own.stop:
+                parts = readings.get(index)
+                self._tell(edit, layer, own, output[:, own.first : own.stop] if parts is None else parts, key)
+        return output.contiguous(), weights
+
+    def _read(self, probe: Any, rows: Rows) -> Tensor:
+        if probe.what == "masses":
+            assert self.state.image is not None
+            offset = max(0, self.past + self.length - rows.key.shape[2])
+            return rows.masses(self._slots(self.state.image, len(rows.query), rows.key, offset, False).byte(), 2)
+        if probe.what == "column_sums":
+            return rows.column_sums()
+        return rows.probs({"head_max": "max", "head_mean": "mean"}.get(probe.what))
+
+    def _tell(self, probe: Probe, layer: int, own: Span, parts: Tensor | list[Tensor], key: Tensor) -> None:
+        if isinstance(parts, Tensor):
+            value = parts
+        elif probe.what == "column_sums":
+            value = torch.stack(parts).sum(0)
+        else:
+            value = torch.cat(parts, 1)
+        image, real = self.state.image, self.state.real
+        assert image is not None and real is not None
+        places = self.past + own.first, self.past + own.stop
+        first_key = max(0, self.past + self.length - key.shape[2])
+        probe.tell(Reading(layer, probe.what, value, places, first_key, self.answer_start, image, real))
+
+    def _scale_heads(self, layer: int, output: Tensor, edits: list[tuple[LayerEdit, Span]]) -> Tensor:
+        """The head scales of these edits on output [B, N, H, Dv], each in its own rows."""
+        batch, length, num_heads = output.shape[:3]
+        for edit, own in edits:
+            if isinstance(edit, HeadScale):
+                heads = torch.zeros(1, num_heads, dtype=torch.bool, device=output.device)
+                heads[:, list(edit.heads)] = True
+            elif isinstance(edit, HeadChoice):
+                heads = self._chosen_heads(layer, edit, output)
             else:
-                visibility = self._visibility(module, mask, first, last, key.shape[2], causal)
-                out = fused_rows(part, key, value, visibility, scale, rows, softcap)
-            pieces.append(self._finish(out, here, active, output, first, last))
-        edited = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
-        if output is not None:
-            edited = torch.cat([output[:, : cuts[0]], edited], 1)
-        if dense:
-            rest = [weights[:, :, : cuts[0]]] if weights is not None else []
-            weights = torch.cat([*rest, *rows_weights], 2)
-        return edited.contiguous(), weights
+                continue
+            first, stop = own.first, own.stop
+            if first >= stop:
+                continue
+            factor = torch.where(heads, edit.factor, 1.0).to(output.dtype)[:, None, :, None]
+            part = output[:, first:stop]
+            on = self._active(own, first, stop, output.device)
+            scaled = part * factor
+            scaled = scaled if on is None else torch.where(on[:, :, None, None], scaled, part)
+            pieces = [output[:, :first], scaled, output[:, stop:]]
+            output = torch.cat(pieces, 1) if first or stop < length else scaled
+        return output
+
+    def _chosen_heads(self, layer: int, edit: HeadChoice, output: Tensor) -> Tensor:
+        """bool [B, H], chosen in the forward that holds the last prompt row; until then none."""
+        notes, key = self.state.notes, ("heads", id(edit), layer)
+        row = self.answer_start - self.past
+        if key not in notes or 0 <= row < self.length:
+            if edit.rows != "answer":
+                self._refuse_chunks(f"the heads of layer {layer}, which are chosen at the end of the prompt,")
+            if not 0 <= row < self.length:
+                return torch.zeros(1, output.shape[2], dtype=torch.bool, device=output.device)
+            notes[key] = edit.choose(layer, output[:, row], self.state.facts)
+        chosen: Tensor = notes[key]
+        return chosen.repeat_interleave(len(output) // len(chosen), 0)
+
+    def _refuse_chunks(self, what: str) -> None:
+        if self.past and self.prompt_stop > self.past or self.prompt_stop <= self.answer_start:
+            raise UnsupportedError(
+                f"{what} needs the whole prompt in one forward; here it comes in parts (prefill in chunks, or a "
+                "further turn on one cache)"
+            )
+
+    def _masked(
+        self, edit: Mask, mask: Tensor | None, first: int, last: int, batch: int, key: Tensor, causal: bool
+    ) -> Tensor:
+        """bool [B, 1 or H, R, K]: what rows first .. last - 1 see under the edit."""
+        if edit.looks_ahead and self.prompt_stop > self.past:
+            self._refuse_chunks("a mask that lets tokens see later ones")
+        num_keys = key.shape[2]
+        offset = max(0, self.past + self.length - num_keys)
+        place = torch.arange(num_keys, device=key.device) + offset
+        rows = torch.arange(first, last, device=key.device) + self.past
+        seen = dense_mask(mask, first, last, self.length, num_keys, causal, key.device)
+        if seen is None:
+            seen = torch.ones(1, 1, last - first, num_keys, dtype=torch.bool, device=key.device)
+        seen = sees(seen) if seen.ndim == 4 else seen[None, None]
+        marks = self.state.known(("mask", id(edit)), lambda: edit.mark(self.state.facts))
+        kinds = self._slots(marks, batch, key, offset, 0)
+        where = (rows - offset).clamp(0)  # a row that a sliding cache has let go of is no row of this forward
+        real = self.state.real
+        assert real is not None
+        there = self._slots(real, batch, key, offset, True) & (place < self.past + self.length)
+        found = edit.rule(seen, kinds[:, None, where, None], kinds[:, None, None], rows[:, None] == place)
+        return found & there[:, None, None]
 
     def _check(self, layer: int, module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> None:
         name = type(module).__name__
@@ -150,32 +280,39 @@ class Step:
             if kwargs.get(other) is not None:
                 raise UnsupportedError(f"{name} of layer {layer} uses {other!r}, which edits don't know")
 
-    def _starts(self, rows: str, batch: int) -> list[int]:
-        """The first edited row of this forward, per sequence (length: none)."""
+    def _span(self, rows: str, batch: int) -> Span:
+        """Which rows of this forward an edit holds for."""
+        length = self.length
         if rows == "all":
-            return [0] * batch
+            return Span([0] * batch, length)
+        if rows == "prompt":
+            return Span([0] * batch, self.prompt_stop - self.past)
         if rows == "last":
-            return [self.length - 1] * batch
+            return Span([length - 1] * batch, length)
         if rows == "answer":
-            return [min(max(self.answer_start - self.past, 0), self.length)] * batch
-        ends = [min(max(end - self.past, 0), self.length) if end else self.length for end in self.state.image_end]
-        return [end for end in ends for _ in range(batch // len(ends))]
+            return Span([min(max(self.answer_start - self.past, 0), length)] * batch, length)
+        ends = [min(max(end - self.past, 0), length) if end else length for end in self.state.image_end]
+        return Span([end for end in ends for _ in range(batch // len(ends))], length)
 
-    def _active(self, starts: list[int], first: int, last: int, device: torch.device) -> Tensor | None:
+    def _active(self, own: Span, first: int, last: int, device: torch.device) -> Tensor | None:
         """bool [B, R]: where an edit holds in rows first .. last - 1; None: everywhere."""
-        if max(starts) <= first:
+        if max(own.starts) <= first:
             return None
-        return torch.arange(first, last, device=device) >= torch.tensor(starts, device=device)[:, None]
+        return torch.arange(first, last, device=device) >= torch.tensor(own.starts, device=device)[:, None]
 
     def _row_edits(
-        self, layer: int, here: list[tuple[Edit, list[int]]], active: list[Tensor | None], query: Tensor, key: Tensor
+        self,
+        layer: int,
+        here: Sequence[tuple[LayerEdit, Span]],
+        active: list[Tensor | None],
+        query: Tensor,
+        key: Tensor,
     ) -> RowEdits:
         batch, num_heads = query.shape[:2]
         offset = max(0, self.past + self.length - key.shape[2])  # a sliding cache holds the last keys only
         boost: Tensor | None = None
         bias: Tensor | None = None
-        groups: Tensor | None = None
-        num_groups, rule = 1, None
+        changed: dict[str, Any] = {}
         for (edit, _), on in zip(here, active):
             if isinstance(edit, LogitMap):
                 own = self._keys(edit, batch, num_heads, key, offset) * edit.alpha
@@ -183,12 +320,46 @@ class Step:
             elif isinstance(edit, KeyBias):
                 own = self._keys(edit, batch, num_heads, key, offset) * edit.value
                 bias = own if bias is None else bias + own
-            elif isinstance(edit, Regroup):
-                if layer not in self.state.groups:
-                    raise SeamError(f"the residual stream that enters layer {layer} was not seen: its hook did not run")
-                groups = self._slots(self.state.groups[layer], batch, key, offset, 0)
-                num_groups, rule = edit.num_groups, self._rule(edit, self.state.sizes[layer], batch, on)
-        return RowEdits(boost, bias, groups, num_groups, rule)
+            elif isinstance(edit, Regroup | Spread):
+                own_groups, sizes = self._groups(layer, edit)
+                changed = {
+                    "groups": self._slots(own_groups, batch, key, offset, 0),
+                    "num_groups": edit.num_groups,
+                }
+                if isinstance(edit, Spread):
+                    changed |= {"share": self._share(edit, on), "temperature": edit.temperature, "leaky": edit.leaky}
+                else:
+                    changed |= {"rule": self._rule(edit, sizes, batch, on)}
+                    if edit.log_weights is not None:
+                        weights = self.state.known(("weights", id(edit)), self._asked(edit.log_weights))
+                        changed |= {
+                            "copied": edit.copied,
+                            "log_weights": self._slots(weights.to(_work(key)), batch, key, offset, 0),
+                        }
+        return RowEdits(boost, bias, **changed)
+
+    def _asked(self, function: Callable[[Prompt], Tensor]) -> Callable[[], Tensor]:
+        return lambda: function(self.state.facts)
+
+    def _groups(self, layer: int, edit: Regroup | Spread) -> tuple[Tensor, Tensor]:
+        """The groups of the prompt's keys and how many keys each has."""
+        if isinstance(edit, Spread) or edit.source == "prompt":
+            found = self.state.known(("groups", layer), lambda: edit.assign(self.state.facts, layer).to(torch.uint8))
+            return found, self.state.known(("sizes", layer), lambda: group_sizes(found, edit.num_groups))
+        if layer not in self.state.groups:
+            raise SeamError(f"the residual stream that enters layer {layer} was not seen: its hook did not run")
+        return self.state.groups[layer], self.state.sizes[layer]
+
+    @staticmethod
+    def _share(edit: Spread, active: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def share(masses: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+            factors, gifts = edit.rule(masses, counts)
+            if active is None:
+                return factors, gifts
+            here = active[:, :, None, None]
+            return torch.where(here, factors, 1.0), torch.where(here, gifts, 0.0)
+
+        return share
 
     @staticmethod
     def _rule(edit: Regroup, sizes: Tensor, batch: int, active: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -196,32 +367,40 @@ class Step:
 
         def rule(masses: Tensor) -> Tensor:
             factors = edit.rule(masses, sizes.to(masses.device))
-            return factors if active is None else torch.where(active[:, :, None, None], factors, 1.0)
+            if active is None:
+                return factors
+            still = torch.ones_like(factors)
+            if edit.copied is not None:
+                still[..., -1] = 0.0
+            return torch.where(active[:, :, None, None], factors, still)
 
         return rule
 
     def _slots(self, known: Tensor, batch: int, key: Tensor, offset: int, fill: bool | int) -> Tensor:
-        """Prompt positions [B0, prompt] as key slots [B, K]; slots behind the prompt are `fill`."""
+        """Prompt positions [B0, ..., prompt] as key slots [B, ..., K]; slots behind the prompt are `fill`."""
         num_keys = key.shape[2]
-        own = known[:, offset : offset + num_keys].to(key.device)
-        own = nn.functional.pad(own, (0, num_keys - own.shape[1]), value=fill)
+        own = known[..., offset : offset + num_keys].to(key.device)
+        own = nn.functional.pad(own, (0, num_keys - own.shape[-1]), value=fill)
         return own.repeat_interleave(batch // len(own), 0)
 
     def _keys(self, edit: LogitMap | KeyBias, batch: int, num_heads: int, key: Tensor, offset: int) -> Tensor:
-        """1.0 at the edit's keys and heads, float32 [B, H or 1, K]."""
+        """The weights of the edit's keys, 1.0 at named ones, in its heads: float [B, H or 1, K]."""
         image, real = self.state.image, self.state.real
         assert image is not None and real is not None
-        if edit.keys == "image":
-            flags = self._slots(image, batch, key, offset, False)
+        if callable(edit.keys):
+            own = self.state.known(("keys", id(edit)), self._asked(edit.keys))
+            weights = self._slots(own.to(_work(key)), batch, key, offset, 0)
+        elif edit.keys == "image":
+            weights = self._slots(image, batch, key, offset, False)
         elif edit.keys == "text":
-            flags = self._slots(real & ~image, batch, key, offset, True)
+            weights = self._slots(real & ~image, batch, key, offset, True)
         else:
             first = nn.functional.one_hot(real.int().argmax(1), real.shape[1]).bool()
-            flags = self._slots(first, batch, key, offset, False)
-        chosen = flags[:, None].to(torch.float32)
+            weights = self._slots(first, batch, key, offset, False)
+        chosen = weights[:, None].to(_work(key))
         if edit.heads is None:
             return chosen
-        heads = torch.zeros(num_heads, device=key.device)
+        heads = torch.zeros(num_heads, device=key.device, dtype=chosen.dtype)
         heads[list(edit.heads)] = 1.0
         return chosen * heads[None, :, None]
 
@@ -258,26 +437,9 @@ class Step:
             return Visibility(is_causal=True, query_offset=place, window_size=window, key_mask=slots)
         return Visibility(is_causal=False, query_offset=0, mask=rows)
 
-    @staticmethod
-    def _finish(
-        out: Tensor,
-        here: list[tuple[Edit, list[int]]],
-        active: list[Tensor | None],
-        stock: Tensor | None,
-        first: int,
-        last: int,
-    ) -> Tensor:
-        """Head scales, and the stock result where a sequence has no edit in a row. out: [B, R, H, Dv]."""
-        for (edit, _), on in zip(here, active):
-            if isinstance(edit, HeadScale):
-                factor = torch.ones(out.shape[2], device=out.device, dtype=out.dtype)
-                factor[list(edit.heads)] = edit.factor
-                scaled = out * factor[:, None]
-                out = scaled if on is None else torch.where(on[:, :, None, None], scaled, out)
-        if stock is None or any(on is None for on in active):
-            return out
-        anywhere = torch.stack([on for on in active if on is not None]).any(0)
-        return torch.where(anywhere[:, :, None, None], out, stock[:, first:last])
+
+def _work(key: Tensor) -> torch.dtype:
+    return torch.promote_types(key.dtype, torch.float32)
 
 
 def dense_mask(

@@ -8,9 +8,7 @@ is a sink. Heads that do look at the image give 1 - p of what their row spends o
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from attnzoo.errors import check_choice, check_range, check_tensor
 from attnzoo.vlm.attention import group_sizes, group_sums, regroup_probs
+from attnzoo.vlm.checkpoints import published
 from attnzoo.vlm.checks import as_layers, as_number
 from attnzoo.vlm.edits import Edit, Regroup
 
@@ -148,16 +147,8 @@ class VarGroups:
 
 def known_dim_sink(text_config: Any) -> tuple[int, ...] | None:
     """The authors' sink dimensions for the checkpoints that they give them for, else None (configs/vlm_var.toml)."""
-    table = tomllib.loads(resources.files("attnzoo.configs").joinpath("vlm_var.toml").read_text())
-    for row in table["checkpoint"]:
-        low, high = row["vocab_size"]
-        facts = (text_config.model_type, text_config.hidden_size, text_config.num_hidden_layers)
-        if (
-            facts == (row["model_type"], row["hidden_size"], row["num_hidden_layers"])
-            and low <= text_config.vocab_size <= high
-        ):
-            return tuple(row["dim_sink"])
-    return None
+    row = published(text_config, "vlm_var.toml")
+    return tuple(row["dim_sink"]) if row else None
 
 
 def var(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from attnzoo.vlm.asking import ask
 from attnzoo.vlm.bottleneck import bottleneck
 from attnzoo.vlm.carving import carve
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Probe, Reading, Regroup
+from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Mask, Probe, Reading, Regroup, Spread
 from attnzoo.vlm.image_tokens import FAMILIES, image_positions
 from attnzoo.vlm.session import METHODS, Session, edit
 
@@ -20,10 +20,12 @@ __all__ = [
     "HeadScale",
     "KeyBias",
     "LogitMap",
+    "Mask",
     "Probe",
     "Reading",
     "Regroup",
     "Session",
+    "Spread",
     "ask",
     "bottleneck",
     "carve",

@@ -198,4 +198,4 @@ def test_other_types(dtype: torch.dtype) -> None:
             with open_case(model, method), open_case(eager, method):
                 real = inputs["attention_mask"].bool()
                 one, two = (m(**inputs).logits[real] for m in (model, eager))
-            assert worst(one, two) < 1e-11, method
+            assert worst(one, two) < 1e-5, method  # transformers' eager softmax is float32 whatever comes in

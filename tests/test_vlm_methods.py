@@ -195,7 +195,8 @@ def test_other_types(dtype: torch.dtype) -> None:
             out = model(**inputs).logits
         assert out.dtype == dtype and worst(out.float(), stock.float()) < (0.15 if dtype != torch.float64 else 1e-12)
         if dtype == torch.float64:
-            with open_case(model, method), open_case(eager, method):
+            case = "vhr, own stream" if method == "vhr" else method  # the shared one pads
+            with open_case(model, case), open_case(eager, case):
                 real = inputs["attention_mask"].bool()
                 one, two = (m(**inputs).logits[real] for m in (model, eager))
-            assert worst(one, two) < 1e-11, method
+            assert worst(one, two) < 1e-5, method  # transformers' eager softmax is float32 whatever comes in

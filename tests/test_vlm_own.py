@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import vlm_models as tiny
 from PIL import Image
 from test_vlm_edges import folder, picture  # noqa: F401 (fixtures)
+from transformers import AutoModelForImageTextToText
 
 from attnzoo import vlm
 from attnzoo.errors import UnsupportedError
@@ -121,8 +122,13 @@ def test_saliency_has_its_range_and_ignores_what_is_no_image() -> None:
 
 
 def test_paint_takes_its_tokens_from_the_vision_tower() -> None:
-    model, _ = model_of("llava")
-    eager, _ = model_of("llava", "eager")
+    config = tiny.config("llava")
+    config.vision_config.num_hidden_layers = 3  # so that the first and the last but one are two
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+    eager = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    eager.load_state_dict(model.state_dict())
+    model.generation_config.pad_token_id = tiny.PAD
     inputs = inputs_of("llava")
     with torch.no_grad():
         vision = eager.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions

@@ -11,7 +11,7 @@ from attnzoo.vlm.bottleneck import bottleneck
 from attnzoo.vlm.carving import carve
 from attnzoo.vlm.contrast import ICD_INSTRUCTION, Icd, PaiGuidance, Vcd
 from attnzoo.vlm.decoding import DECODINGS, Dola, Opera
-from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Probe, Reading, Regroup
+from attnzoo.vlm.edits import Edit, HeadScale, KeyBias, LogitMap, Mask, Probe, Reading, Regroup, Spread
 from attnzoo.vlm.image_tokens import FAMILIES, image_positions
 from attnzoo.vlm.methods import METHODS
 from attnzoo.vlm.session import Session, edit
@@ -29,11 +29,13 @@ __all__ = [
     "LogitMap",
     "Opera",
     "PaiGuidance",
+    "Mask",
     "Probe",
     "Reading",
     "Regroup",
     "Session",
     "Vcd",
+    "Spread",
     "ask",
     "bottleneck",
     "carve",

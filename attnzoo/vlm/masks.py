@@ -52,7 +52,7 @@ def mma(text_config: Any, question: Tokens = None, layers: object = None) -> tup
     """
     told = chooser(None if question is None else check_tokens("question", question))
     depth = text_config.num_hidden_layers
-    return (Mask(as_layers(layers, depth, 0), _Mutual(told), mutual_rule, looks_ahead=True),)
+    return (Mask(as_layers(layers, depth, 0), _Mutual(told), mutual_rule, looks_ahead=True, rows="prompt"),)
 
 
 def mutual_mask(attention_mask: Tensor, image_start: int, text_start: int, text_end: int) -> Tensor:
@@ -134,7 +134,7 @@ def eemllm(text_config: Any, sees: str = "self", layers: object = None) -> tuple
     """
     check_choice("sees", sees, tuple(COMPOSITE))
     chosen = as_layers(layers, text_config.num_hidden_layers, 0)
-    return (Mask(chosen, image_kinds, COMPOSITE[sees]),)
+    return (Mask(chosen, image_kinds, COMPOSITE[sees], rows="prompt"),)
 
 
 # --- prefix and blockwise masks (Croc, PaliGemma, Gemma 3) ---------------------------------------------------------
@@ -177,7 +177,7 @@ def prefix(text_config: Any, scope: str = "prompt", layers: object = None) -> tu
     check_choice("scope", scope, tuple(PREFIX))
     chosen = as_layers(layers, text_config.num_hidden_layers, 0)
     kinds, rule = PREFIX[scope]
-    return (Mask(chosen, kinds, rule, looks_ahead=True),)
+    return (Mask(chosen, kinds, rule, looks_ahead=True, rows="prompt"),)
 
 
 # --- self and cross blocks (MODA) ----------------------------------------------------------------------------------

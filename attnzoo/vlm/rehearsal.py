@@ -13,7 +13,16 @@ from attnzoo.vlm.call import CallState
 from attnzoo.vlm.edits import Plan
 
 _SEQUENCES = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "mm_token_type_ids")
-_DROPPED = ("cache", "past_key_values", "cache_position", "labels", "logits_to_keep", "attnzoo_step")
+_DROPPED = (
+    "cache",
+    "past_key_values",
+    "cache_position",
+    "labels",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "attnzoo_step",
+)
 
 
 @contextmanager

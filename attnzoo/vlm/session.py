@@ -169,12 +169,13 @@ class _Record:
                 self._rehearse(model, state, given, rehearsal, stop)
         return Step(state, past, length, stop - 1, max(prompt_stop, past))
 
-    @staticmethod
-    def _rehearse(model: Any, state: CallState, given: dict[str, Any], rehearsal: Rehearse, stop: int) -> None:
+    def _rehearse(self, model: Any, state: CallState, given: dict[str, Any], rehearsal: Rehearse, stop: int) -> None:
         """Run the forward that an edit wants to have seen; it writes into the prompt's notes."""
         text = model.config.get_text_config()
         plan = make_plan(rehearsal.edits(state.facts), text.num_hidden_layers, text.num_attention_heads)
         inputs, inner = rehearsal_of(rehearsal.inputs, given, state, plan, stop)
+        if "logits_to_keep" in self.parameters:
+            inputs["logits_to_keep"] = 1
         outer, step = _running.get(), Step(inner, 0, inner.prompt, inner.prompt - 1, inner.prompt)
         token = _rehearsed.set((model, step))
         try:

@@ -78,6 +78,7 @@ class Step:
     prompt_stop: int  # positions past .. prompt_stop - 1 of this forward belong to the prompt
     met: set[int] = field(default_factory=set)
     _seen: dict[tuple[int, int, int], tuple[Tensor, Visibility]] = field(default_factory=dict)
+    _weights: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)  # of edits' keys, alike in many layers
 
     def observe(self, layer: int, hidden_states: Tensor) -> None:
         """Called with the residual stream [B, N, C] that enters a decoder layer."""
@@ -315,10 +316,10 @@ class Step:
         changed: dict[str, Any] = {}
         for (edit, _), on in zip(here, active):
             if isinstance(edit, LogitMap):
-                own = self._keys(edit, batch, num_heads, key, offset) * edit.alpha
+                own = self._keys(edit, batch, num_heads, key, offset)
                 boost = own if boost is None else boost + own
             elif isinstance(edit, KeyBias):
-                own = self._keys(edit, batch, num_heads, key, offset) * edit.value
+                own = self._keys(edit, batch, num_heads, key, offset)
                 bias = own if bias is None else bias + own
             elif isinstance(edit, Regroup | Spread):
                 own_groups, sizes = self._groups(layer, edit)
@@ -384,25 +385,31 @@ class Step:
         return own.repeat_interleave(batch // len(own), 0)
 
     def _keys(self, edit: LogitMap | KeyBias, batch: int, num_heads: int, key: Tensor, offset: int) -> Tensor:
-        """The weights of the edit's keys, 1.0 at named ones, in its heads: float [B, H or 1, K]."""
+        """What the edit adds for each key, by its strength: float [B, H or 1, K]."""
+        where = (id(edit), batch, key.shape[2], offset, key.dtype, key.device)
+        if where not in self._weights:
+            strength = edit.alpha if isinstance(edit, LogitMap) else edit.value
+            weights = self._key_weights(edit, batch, key, offset)[:, None].to(_work(key)) * strength
+            if edit.heads is not None:
+                heads = torch.zeros(num_heads, device=key.device, dtype=weights.dtype)
+                heads[list(edit.heads)] = 1.0
+                weights = weights * heads[None, :, None]
+            self._weights[where] = weights
+        return self._weights[where]
+
+    def _key_weights(self, edit: LogitMap | KeyBias, batch: int, key: Tensor, offset: int) -> Tensor:
+        """The weights of the edit's keys, 1 at named ones, [B, K]."""
         image, real = self.state.image, self.state.real
         assert image is not None and real is not None
         if callable(edit.keys):
             own = self.state.known(("keys", id(edit)), self._asked(edit.keys))
-            weights = self._slots(own.to(_work(key)), batch, key, offset, 0)
-        elif edit.keys == "image":
-            weights = self._slots(image, batch, key, offset, False)
-        elif edit.keys == "text":
-            weights = self._slots(real & ~image, batch, key, offset, True)
-        else:
-            first = nn.functional.one_hot(real.int().argmax(1), real.shape[1]).bool()
-            weights = self._slots(first, batch, key, offset, False)
-        chosen = weights[:, None].to(_work(key))
-        if edit.heads is None:
-            return chosen
-        heads = torch.zeros(num_heads, device=key.device, dtype=chosen.dtype)
-        heads[list(edit.heads)] = 1.0
-        return chosen * heads[None, :, None]
+            return self._slots(own.to(_work(key)), batch, key, offset, 0)
+        if edit.keys == "image":
+            return self._slots(image, batch, key, offset, False)
+        if edit.keys == "text":
+            return self._slots(real & ~image, batch, key, offset, True)
+        first = nn.functional.one_hot(real.int().argmax(1), real.shape[1]).bool()
+        return self._slots(first, batch, key, offset, False)
 
     def _visibility(
         self, module: nn.Module, mask: Tensor | None, first: int, last: int, num_keys: int, causal: bool

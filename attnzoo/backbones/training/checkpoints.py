@@ -152,9 +152,17 @@ class Metrics:
 
 
 def export(
-    net: nn.Module, folder: Path, model_args: dict[str, Any], data_config: dict[str, Any], classes: tuple[str, ...]
+    net: nn.Module,
+    folder: Path,
+    model_args: dict[str, Any],
+    data_config: dict[str, Any],
+    classes: tuple[str, ...],
+    about: dict[str, Any],
 ) -> None:
-    """Write `net` so that `timm.create_model("local-dir:FOLDER", pretrained=True)` is it, with its class names."""
+    """Write `net` so that `timm.create_model("local-dir:FOLDER", pretrained=True)` is it, with its class names.
+
+    about: entries of timm's pretrained config that stand for these weights instead of the published ones'.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     arguments = dict(model_args)
     if hasattr(net, "in_chans"):
@@ -166,7 +174,7 @@ def export(
     save_config_for_hf(
         net,
         str(config),
-        model_config={"label_names": list(classes), "pretrained_cfg": {"tag": "attnzoo", **wanted}},
+        model_config={"label_names": list(classes), "pretrained_cfg": {"tag": "attnzoo", **about, **wanted}},
         model_args=arguments,
         data_config=wanted,
     )

@@ -89,8 +89,8 @@ class TrainConfig:
     model_ema_warmup: bool = False
     amp: str = "no"
     no_aug: bool = False
-    scale: tuple[float, ...] = (0.08, 1.0)
-    ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     color_jitter: float = 0.4
     aa: str | None = None

@@ -56,6 +56,11 @@ def evaluate(
     check_choice("amp", amp, ("no", "bf16"))
     if (count := getattr(net, "num_classes", None)) != len(data.classes):
         raise ValueError(f"the model has {count} classes, the data {len(data.classes)} ({data.source})")
+    names = getattr(net, "pretrained_cfg", {}).get("label_names") or data.classes
+    if list(names) != list(data.classes) and set(names) == set(data.classes):
+        raise ValueError(
+            f"the model has the data's classes in another order: {names[0]!r} first, not {data.classes[0]!r}"
+        )
     config = data_config(net, img_size=img_size, crop_pct=crop_pct)
     with accelerated(device, amp) as accelerator:
         check_amp(amp, accelerator.device)
@@ -105,7 +110,7 @@ def measure(
     process."""
     device = accelerator.device
     # Predictions are gathered already, so the metrics must not sum over processes again.
-    whole = {"sync_on_compute": False}
+    whole: Any = {"sync_on_compute": False}
     top1 = MulticlassAccuracy(num_classes, average="micro", **whole).to(device)
     top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro", **whole).to(device)
     loss = MeanMetric(**whole).to(device)
@@ -122,8 +127,8 @@ def measure(
         images += len(target)
     seconds = time.perf_counter() - start
     return {
-        "top1": float(top1.compute()),
-        "top5": float(top5.compute()),
+        "top1": round(float(top1.compute()), 6),
+        "top5": round(float(top5.compute()), 6),
         "loss": float(loss.compute()),
         "images": images,
         "seconds": round(seconds, 3),

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +51,24 @@ def build(config: TrainConfig, num_classes: int) -> nn.Module:
     """
     given = {"img_size": config.img_size, "drop_rate": config.drop, "drop_path_rate": config.drop_path}
     arguments = {key: value for key, value in given.items() if value is not None} | config.model_kwargs
-    with rng.isolated(config.seed, rng.WEIGHTS):
-        try:
-            net = _create(config, num_classes, arguments)
-        except TypeError as error:
-            if "'img_size'" not in str(error) or "img_size" in config.model_kwargs:
-                raise ValueError(f"model {config.model!r} does not take these arguments: {error}") from error
-            net = None
-    if net is None:  # a model of any size, such as a ResNet: only the pictures get the size
-        rest = {key: value for key, value in arguments.items() if key != "img_size"}
-        with rng.isolated(config.seed, rng.WEIGHTS):
-            net = _create(config, num_classes, rest)
+    try:
+        net = _create(config, num_classes, arguments)
+    except TypeError as error:
+        if "'img_size'" not in str(error) or "img_size" in config.model_kwargs:
+            raise ValueError(f"model {config.model!r} does not take these arguments: {error}") from error
+        # A model of any size, such as a ResNet: only the pictures get the size.
+        return build(replace(config, img_size=None), num_classes)
     if config.grad_checkpointing:
         net.set_grad_checkpointing(True)  # type: ignore[operator]
     return net
 
 
 def _create(config: TrainConfig, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+    with rng.isolated(config.seed, rng.WEIGHTS):
+        return _create_or_load(config, num_classes, arguments)
+
+
+def _create_or_load(config: TrainConfig, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
     if config.initial_checkpoint:
         state = checkpoint_state(config.initial_checkpoint)
         cfg = timm.models.get_pretrained_cfg(config.model)
@@ -396,10 +399,17 @@ class _Run:
             self.best = chosen
         if self.accelerator.is_main_process:
             for name in ("last", "best") if better else ("last",):
-                checkpoints.export(net, self.output / name, self.config.model_kwargs, self.input, self.data.classes)
+                self._export(net, self.output / name)
+        if not bar.disable:
             said = f"epoch {epoch + 1}: loss {chosen['loss']:.4f}, top-1 {100 * chosen['top1']:.2f} %"
-            bar.write(f"{said}, top-5 {100 * chosen['top5']:.2f} % of {figures['images']}")
+            bar.write(f"{said}, top-5 {100 * chosen['top5']:.2f} % of {figures['images']}", file=sys.stderr)
         self.accelerator.wait_for_everyone()
+
+    def _export(self, net: nn.Module, folder: Path) -> None:
+        about: dict[str, Any] = {"notes": [f"trained by attnzoo on {self.data.source}"]}
+        if not (self.config.pretrained or self.config.initial_checkpoint):
+            about["license"] = None  # the published weights' licence is not that of weights trained from scratch
+        checkpoints.export(net, folder, self.config.model_kwargs, self.input, self.data.classes, about)
 
     def _checkpoint(self) -> None:
         state = {"window": self.window.state(), "epoch_loss": self.epoch_loss.state()}

@@ -1,0 +1,598 @@
+"""Training and measuring classifiers: exact resume, several processes, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import PartialState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform
+from torch import nn
+from training_common import MODEL, RANDOM, Squares, config, data, folder
+
+from attnzoo import cli
+from attnzoo.backbones import training
+from attnzoo.backbones.inference import data_config
+from attnzoo.backbones.training import checkpoints, trainer
+from attnzoo.backbones.training import data as data_module
+from attnzoo.backbones.training import processes as processes_module
+from attnzoo.backbones.training.data import StepSampler
+from attnzoo.errors import ReachError
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch):
+    """Drawing takes longer than the tiny runs; the module's `whole` run comes before this and draws."""
+    monkeypatch.setattr(trainer.curves, "draw", lambda *args: None)
+
+
+class Killed(BaseException):
+    """As sudden as a kill: nothing in the trainer catches it."""
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(output: Path) -> list[dict]:
+    """The metrics without times."""
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(output)]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """The run's final weights, raw and averaged, optimiser state, and its exports."""
+    (final,) = checkpoints.find_checkpoints(output)
+    found = {"raw " + k: v for k, v in load_file(final / "model.safetensors").items()}
+    if (final / "ema.safetensors").is_file():
+        found |= {"ema " + k: v for k, v in load_file(final / "ema.safetensors").items()}
+    state = torch.load(final / "optimizer.bin", weights_only=True)["state"]
+    found |= {f"adam {i} {k}": v for i, part in state.items() for k, v in part.items()}
+    for name in ("last", "best"):
+        found |= {f"{name} {k}": v for k, v in load_file(output / name / "model.safetensors").items()}
+    return found
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert figures(one) == figures(other)
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    assert not different, different
+
+
+# ------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """An uninterrupted run with everything random on: 2 epochs of 2 steps of 2 x 4 pictures."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return output, training.train(config(grad_accum=2, **RANDOM), data(), output, progress=False)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    output, summary = whole
+    kinds = [line["kind"] for line in lines(output)]
+    assert kinds == ["step", "step", "epoch"] * 2 and summary["steps"] == 4 and summary["global_batch"] == 8
+    assert json.loads((output / "summary.json").read_text()) == summary
+    stored = json.loads((output / "config.json").read_text())
+    assert stored["settings"]["mixup"] == 0.4 and stored["data"]["classes"] == ["red", "green", "blue"]
+    with Image.open(output / "curves.png") as plot:
+        assert plot.size[0] > 500
+    assert [p.name for p in (output / "checkpoints").iterdir()] == ["step-00000004"]
+    assert not list(output.rglob(".*"))
+    best = max((x for x in lines(output) if x["kind"] == "epoch"), key=lambda x: x["ema_top1"])
+    assert summary["best"]["top1"] == best["ema_top1"]
+
+
+def test_the_export_is_a_timm_folder(whole):
+    output, _ = whole
+    net = timm.create_model(f"local-dir:{output / 'last'}", pretrained=True).eval()
+    state = load_file(checkpoints.find_checkpoints(output)[0] / "ema.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    cfg = net.pretrained_cfg
+    assert list(cfg["label_names"]) == ["red", "green", "blue"] and tuple(cfg["input_size"]) == (3, 48, 48)
+    assert "squares" in cfg["notes"][0] and not cfg.get("license")
+
+
+def test_evaluation_counts_each_picture_and_agrees_with_the_run(whole):
+    output, _ = whole
+    net = timm.create_model(f"local-dir:{output / 'last'}", pretrained=True)
+    told = training.evaluate(net, data(), batch_size=3, workers=0, progress=False)
+    last = lines(output)[-1]
+    assert told["images"] == 7 and told["top1"] == last["ema_top1"]
+    assert told["loss"] == pytest.approx(last["ema_loss"], rel=1e-5) and told["top5"] == 1.0
+    transform = create_transform(**data_config(net), is_training=False)
+    logits = net.eval()(torch.stack([transform(Squares(7, 1000)[i][0]) for i in range(7)]))
+    truth = torch.tensor([i % 3 for i in range(7)])
+    assert told["top1"] == pytest.approx(float((logits.argmax(-1) == truth).double().mean()), abs=1e-6)
+    assert told["loss"] == pytest.approx(nn.functional.cross_entropy(logits, truth).item(), rel=1e-5)
+
+
+def test_a_run_changes_nothing_global(tmp_path):
+    def look():
+        return random.random(), float(np.random.rand()), float(torch.rand(())), dict(PartialState._shared_state)
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before, env = look(), dict(os.environ)
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    training.train(config(epochs=1, warmup_epochs=0, amp="bf16"), data(4, 2), tmp_path / "a", progress=False)
+    with pytest.raises(FloatingPointError, match="loss"):
+        training.train(config(lr=1e30, opt="sgd", warmup_epochs=0), data(), tmp_path / "b", progress=False)
+    assert look() == before and dict(os.environ) == env
+
+
+# ------------------------------------------------------------------------------------------------------- resume
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, where: str, count: int, run) -> None:
+    """Call `run`, and kill it at the `count`-th call of trainer._Run's or a module's function `where`."""
+    owner = {"_step": trainer._Run, "save_checkpoint": checkpoints, "export": checkpoints, "replace": os}[where]
+    real, calls = getattr(owner, where), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, dying)
+        with pytest.raises(Killed):
+            run()
+
+
+@pytest.mark.parametrize(
+    "where, count, interval, workers",
+    [
+        ("_step", 1, 0, 0),  # before anything: starts anew
+        ("_step", 2, 1, 0),  # in the middle of an epoch
+        ("_step", 4, 1, 2),  # the same, with reading processes
+        ("_step", 4, 0, 0),  # a step whose loss was logged is done again
+        ("export", 3, 0, 0),  # between the metrics' line of an epoch and its checkpoint
+        ("save_checkpoint", 2, 1, 0),
+        ("replace", 9, 1, 0),  # while files are moved into place
+        ("replace", 12, 1, 0),
+    ],
+)
+def test_killed_and_resumed_is_never_killed(monkeypatch, tmp_path, whole, where, count, interval, workers):
+    output = tmp_path / "run"
+    changed = config(grad_accum=2, checkpoint_interval=interval, workers=workers, **RANDOM)
+
+    def run():
+        return training.train(changed, data(), output, resume="auto", progress=False)
+
+    killed(monkeypatch, where, count, run)
+    with (output / "metrics.jsonl").open("a") as cut:
+        cut.write('{"kind": "step", "st')  # a line that the kill cut off
+    run()
+    assert_same_run(output, whole[0])
+
+
+def test_killed_twice_and_continued_elsewhere(monkeypatch, tmp_path, whole):
+    first, second = tmp_path / "first", tmp_path / "second"
+    changed = config(grad_accum=2, checkpoint_interval=1, **RANDOM)
+    killed(monkeypatch, "_step", 2, lambda: training.train(changed, data(), first, progress=False))
+    (stopped,) = checkpoints.find_checkpoints(first)
+    killed(monkeypatch, "_step", 2, lambda: training.train(changed, data(), second, resume=stopped, progress=False))
+    training.train(changed, data(), second, resume=second, progress=False)
+    assert_same_run(second, whole[0])
+    again = training.train(changed, data(), second, resume="auto", progress=False)  # nothing left to do
+    assert again["steps"] == 4 and figures(second) == figures(whole[0])
+
+
+def arguments(output: Path, *more: object) -> list[str]:
+    """The command line that does what `config` does on a folder."""
+    model = [part for key, value in MODEL.items() for part in ("-s", f"{key}={json.dumps(value)}")]
+    base = ["--model", "dinat_mini", *model, "--img-size", 48, "--epochs", 2, "-b", 4, "--warmup-epochs", 1]
+    base += ["--lr", 2e-3, "--workers", 0, "--log-interval", 1, "--output", output, "--device", "cpu", "--quiet"]
+    return [str(part) for part in ("train", "classify", *base, *more)]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`attnzoo ARGS` in this process; (exit status, what it printed)."""
+
+    def call(*given: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["attnzoo", *map(str, given)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out + printed.err
+
+    return call
+
+
+def test_sigkill_and_resume_from_the_command_line(tmp_path, run):
+    pictures = folder(tmp_path / "data", 60, 3)
+    given = ("--data", pictures, "--mixup", 0.4, "--model-ema", "--drop-path", 0.2, "--checkpoint-interval", 2)
+    killed_run, whole_run = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([sys.executable, "-m", "attnzoo", *arguments(killed_run, *given)], env=ONE_THREAD)
+    metrics, deadline = killed_run / "metrics.jsonl", time.monotonic() + 240
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed_run / "summary.json").exists()
+    status, said = run(*arguments(killed_run, *given, "--resume", "auto"))
+    assert status == 0 and "best: epoch" in said, said
+    assert run(*arguments(whole_run, *given))[0] == 0
+    assert_same_run(killed_run, whole_run)
+
+
+# ------------------------------------------------------------------------------------------- the same global batch
+
+
+def losses(output: Path) -> list[float]:
+    return [line["loss"] for line in lines(output)]
+
+
+def test_accumulation_sees_the_same_global_batch(tmp_path):
+    calm = {"drop_path": 0.0, "mixup": 0.4, "cutmix": 1.0, "reprob": 0.5, "clip_grad": 0.5}
+    for name, sizes in (("one", (8, 1)), ("two", (4, 2)), ("four", (2, 4))):
+        changed = config(batch_size=sizes[0], grad_accum=sizes[1], **calm)
+        training.train(changed, data(), tmp_path / name, progress=False)
+    for name in ("two", "four"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_two_processes_give_the_loss_of_one(tmp_path, run):
+    """Under torchrun with gloo: each step's loss, and validation of 7 pictures in batches of 2 x 4, each once."""
+    pictures = folder(tmp_path / "data", 19, 7)
+    given = ("--data", pictures, "--mixup", 0.4, "--cutmix", 1, "--clip-grad", 0.5, "--drop-path", 0.3, "--model-ema")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "attnzoo", *arguments(tmp_path / "two", *given)],
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("best: epoch") == 1
+    assert run(*arguments(tmp_path / "one", *given, "--grad-accum", 2))[0] == 0
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [x["step"] for x in one] == [x["step"] for x in two] == [1, 2, 2, 3, 4, 4]
+    for mine, theirs in zip(one, two):
+        for key in {"loss", "grad_norm", "top1", "ema_top1", "ema_loss", "images"} & set(mine):
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-5), key
+    assert two[-1]["images"] == 7
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+    mine, theirs = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(mine[key], theirs[key], atol=1e-5) for key in mine)
+    (tmp_path / "two" / "metrics.jsonl").unlink()
+    status, said = run(*arguments(tmp_path / "two", *given, "--resume", "auto"))
+    assert status == 2 and "processes: 1 here, 2 there" in said
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 3), st.integers(1, 3), st.integers(0, 40), st.integers(0, 3), st.integers(0, 9)
+)
+def test_chunks_make_up_the_global_batch(batch_size, accumulate, processes, more, epoch, seed):
+    count = batch_size * accumulate * processes + more
+    ranks = [StepSampler(count, batch_size, accumulate, rank, processes, seed) for rank in range(processes)]
+    single = StepSampler(count, batch_size * accumulate * processes, 1, 0, 1, seed)
+    single.epoch = epoch
+    for sampler in ranks:
+        sampler.epoch = epoch
+    parts = [list(sampler) for sampler in ranks]
+    for step, whole_batch in enumerate(single):
+        mirror = dict(zip(whole_batch, reversed(whole_batch)))
+        taken = [key for part in parts for own in part[step * accumulate : (step + 1) * accumulate] for key in own]
+        assert sorted(taken) == sorted(whole_batch)
+        if batch_size % 2 == 0:
+            for part in parts:
+                for own in part[step * accumulate : (step + 1) * accumulate]:
+                    assert all(mirror[key] == other for key, other in zip(own, reversed(own)))
+    later = StepSampler(count, batch_size, accumulate, 0, processes, seed)
+    later.epoch, later.first = epoch, later.steps - 1
+    assert list(later) == parts[0][-accumulate:] and len(later) == accumulate
+
+
+# ------------------------------------------------------------------------------------------------ auxiliary losses
+
+
+def test_named_losses_reach_the_models_that_have_them(tmp_path):
+    heads = {
+        "embed_dims": [16, 16, 32, 32],
+        "depths": [1, 1, 1, 1],
+        "num_heads": [4, 4, 4, 4],
+        "shared_head": [4, 4, 1, 1],
+        "routed_head": [0, 0, 2, 2],
+    }
+    moh = config(
+        model="moh_transnext_small_75",
+        model_kwargs=heads,
+        img_size=64,
+        aux_loss={"balance": 0.5},
+        epochs=1,
+        warmup_epochs=0,
+    )
+    training.train(moh, data(4, 2), tmp_path / "moh", progress=False)
+    assert lines(tmp_path / "moh")[0]["balance"] > 0
+    tap = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    adl = config(
+        model="tap_fan_tiny_12_p16_224",
+        model_kwargs=tap,
+        aux_loss={"attention_diversity": 1.0},
+        epochs=1,
+        warmup_epochs=0,
+    )
+    training.train(adl, data(4, 2), tmp_path / "adl", progress=False)
+    assert "attention_diversity" in lines(tmp_path / "adl")[0]
+    for name, why in (("balance", "mixture of heads"), ("attention_diversity", "forward_attentions")):
+        with pytest.raises(ValueError, match=f"{name}.*DiNAT.*{why}"):
+            training.train(config(aux_loss={name: 1.0}), data(), tmp_path / name, progress=False)
+        assert not (tmp_path / name).exists()
+
+
+def test_a_hook_of_the_users_own_is_added_with_its_weight(tmp_path):
+    def spread(net, images, forward):
+        logits = forward(images)
+        return logits, logits.square().mean()
+
+    few = config(
+        drop_path=0.0, epochs=1, warmup_epochs=0, opt="sgd", lr=0.1, smoothing=0.0, weight_decay=0.0, no_aug=True
+    )
+    hook = training.AuxiliaryLoss("spread", 3.0, spread)
+    training.train(few, data(4, 2), tmp_path / "run", auxiliary=[hook], progress=False)
+    torch.manual_seed(0)
+    net = training.build(few, 3).train()
+    transform = create_transform(
+        (3, 48, 48),
+        is_training=True,
+        no_aug=True,
+        interpolation="random",
+        mean=data_config(net)["mean"],
+        std=data_config(net)["std"],
+    )
+    sampler = StepSampler(4, 4, 1, 0, 1, 0)
+    chosen = [Squares(4)[index] for _, index in next(iter(sampler))]
+    logits = net(torch.stack([transform(picture) for picture, _ in chosen]))
+    extra = logits.square().mean()
+    loss = nn.functional.cross_entropy(logits, torch.tensor([label for _, label in chosen]))
+    assert lines(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert lines(tmp_path / "run")[0]["spread"] == pytest.approx(extra.item(), rel=1e-6)
+    (loss + 3 * extra).backward()
+    state = load_file(checkpoints.find_checkpoints(tmp_path / "run")[0] / "model.safetensors")
+    rate = lines(tmp_path / "run")[0]["lr"]
+    momentum = torch.optim.SGD(net.parameters(), rate, momentum=0.9, nesterov=True)
+    momentum.step()
+    for name, value in net.state_dict().items():
+        assert torch.allclose(state[f"net.{name}"], value, atol=1e-7), name
+    with pytest.raises(ValueError, match="different names, got spread, spread"):
+        training.train(few, data(4, 2), tmp_path / "two", auxiliary=[hook, hook], progress=False)
+    with pytest.raises(ValueError, match="auxiliary: .* here, .*spread.* there"):
+        training.train(few, data(4, 2), tmp_path / "run", resume="auto", progress=False)
+
+
+# --------------------------------------------------------------------------------------------------- data and weights
+
+
+def test_folders_are_read_as_timm_reads_them(tmp_path):
+    found = training.folder_data(folder(tmp_path, 9, 4))
+    assert found.classes == ("blue", "green", "red") and len(found.train) == 9 and len(found.validation) == 4
+    reader = timm.data.create_dataset("", tmp_path, split="train").reader
+    assert [found.train[i][1] for i in range(9)] == [target for _, target in reader.samples]
+    for child in (tmp_path / "val").iterdir():
+        child.rename(tmp_path / "val" / {"blue": "blue"}.get(child.name, child.name))
+    for picture in (tmp_path / "val" / "green").iterdir():
+        picture.unlink()
+    (tmp_path / "val" / "green").rmdir()  # a validation half without one of the classes keeps the labels
+    found = training.folder_data(tmp_path)
+    assert {found.validation[i][1] for i in range(len(found.validation))} == {0, 2}
+    models = training.folder_data(tmp_path, train=False, classes=("red", "violet", "green", "blue"))
+    assert {models.validation[i][1] for i in range(len(models.validation))} == {0, 3} and models.train is None
+    (tmp_path / "numbers").mkdir()
+    for name in ("10", "2", "1"):
+        (tmp_path / "numbers" / name).mkdir()
+        for i in range(5):
+            Squares(1)[0][0].save(tmp_path / "numbers" / name / f"{i}.png")
+    halves = training.folder_data(tmp_path / "numbers", split=0.4)
+    assert halves.classes == ("1", "2", "10") and len(halves.train) == 9 and len(halves.validation) == 6
+    assert halves.fingerprint == training.folder_data(tmp_path / "numbers", split=0.4).fingerprint
+    assert halves.fingerprint != training.folder_data(tmp_path / "numbers", split=0.4, seed=1).fingerprint
+    few = halves.limited(4, 2)
+    assert len(few.train) == 4 and len(few.validation) == 2 and few.fingerprint != halves.fingerprint
+
+
+def test_hub_data_goes_through_timms_reader(monkeypatch, tmp_path):
+    """timm's own reader on a stand-in for the package datasets."""
+    Squares(1)[0][0].save(tmp_path / "a.png")
+    rows = [{"image": {"bytes": (tmp_path / "a.png").read_bytes()}, "label": 1}]
+
+    class Table(list):
+        info = SimpleNamespace(features={"label": SimpleNamespace(names=["no", "yes"])}, splits=None)
+
+        def cast_column(self, *args):
+            return self
+
+    def load_dataset(name, split=None, cache_dir=None):
+        if name == "org/away":
+            raise ConnectionError("no route to the hub")
+        return Table(rows * (3 if split == "train" else 2))
+
+    monkeypatch.setattr(data_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ReachError, match="pip install datasets"):
+        training.hub_data("org/name")
+    stand_in = SimpleNamespace(load_dataset=load_dataset, Image=lambda decode: None)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    monkeypatch.setattr(data_module.importlib.util, "find_spec", lambda name: True)
+    found = training.hub_data("org/name")
+    assert found.classes == ("no", "yes") and (len(found.train), len(found.validation)) == (3, 2)
+    picture, label = found.train[2]
+    assert picture.size == (48, 48) and label == 1
+    with pytest.raises(ReachError, match="hf:org/away.*no route"):
+        training.hub_data("org/away")
+
+
+def test_fine_tuning_starts_from_a_file(tmp_path):
+    source = timm.create_model("dinat_mini", num_classes=5, **MODEL)
+    save_file(source.state_dict(), tmp_path / "five.safetensors")
+    tuned = training.build(config(initial_checkpoint=str(tmp_path / "five.safetensors"), drop_path=0.1), 3)
+    assert tuned.num_classes == 3
+    same = [name for name, value in tuned.state_dict().items() if not name.startswith("head")]
+    assert all(torch.equal(tuned.state_dict()[name], source.state_dict()[name]) for name in same)
+    first, second = training.build(config(), 3).state_dict(), training.build(config(seed=1), 3).state_dict()
+    assert not torch.equal(first["head.weight"], second["head.weight"])
+
+
+def test_eval_from_the_command_line(run, whole, tmp_path):
+    pictures = folder(tmp_path / "data")
+    told = tmp_path / "deep" / "figures.json"
+    given = ("--data", pictures, "--workers", 0, "--device", "cpu", "--quiet", "-b", 2)
+    status, said = run("eval", "classify", "--checkpoint", whole[0] / "best", *given, "--out", told)
+    assert status == 0 and json.loads(said) == json.loads(told.read_text())
+    by_folder = json.loads(said)
+    assert by_folder["images"] == 3 and by_folder["classes"] == 3 and by_folder["images_per_second"] > 0
+    status, said = run("eval", "classify", "--model", "resnet18", "--checkpoint", whole[0] / "best", *given)
+    assert status == 2 and "resnet18" in said
+    status, said = run(
+        "eval", "classify", "--model", "miniature", "--data", "miniature", "--max-val-images", 48, *given[2:]
+    )
+    assert status == 0 and json.loads(said)["top1"] > 0.85
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model": "dinat_minni"}, "dinat_minni.*close: dinat_mini"),
+        ({"batch_size": 3, "mixup": 0.2}, "batch_size must be even with mixup or cutmix.*got 3"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"epochs": 2.5}, "epochs must be an int, got float"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": float("nan")}, "lr must be finite"),
+        ({"opt": "adamww"}, "opt must be one of"),
+        ({"sched": "plateau"}, "sched must be one of"),
+        ({"amp": "fp8"}, "amp must be one of 'no', 'bf16'"),
+        ({"smoothing": 1.5}, "smoothing"),
+        ({"scale": (0.5,)}, "scale must be two numbers"),
+        ({"warmup_epochs": 2}, "warmup_epochs must be below epochs=2"),
+        ({"model_ema": 1}, "model_ema must be a bool"),
+        ({"initial_checkpoint": "nowhere.pth"}, "nowhere.pth"),
+    ],
+)
+def test_settings_are_refused_by_name(changes, said):
+    with pytest.raises((ValueError, TypeError, OSError), match=said):
+        config(**changes)
+
+
+def test_folders_are_refused_by_name(tmp_path):
+    with pytest.raises(ReachError, match="nowhere"):
+        training.folder_data(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="must hold the folders train and val"):
+        training.folder_data(tmp_path / "empty")
+    with pytest.raises(ReachError, match="empty.*holds no pictures"):
+        training.folder_data(tmp_path / "empty", train=False)
+    root = folder(tmp_path / "data")
+    with pytest.raises(ValueError, match="train and val already"):
+        training.folder_data(root, split=0.1)
+    (root / "train" / "violet").mkdir()
+    (root / "train" / "violet" / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="classes without pictures: violet"):
+        training.folder_data(root)
+    (root / "train" / "violet").rename(root / "val" / "violet")
+    Squares(1)[0][0].save(root / "val" / "violet" / "0.png")
+    with pytest.raises(ValueError, match="has 4, train/ has 3; 1 of them.*violet"):
+        training.folder_data(root)
+    with pytest.raises(ValueError, match="has 4, the model has 3.*blue, green, red"):
+        training.folder_data(root, train=False, classes=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_no_picture_is_named(tmp_path, workers):
+    root = folder(tmp_path / "data")
+    (root / "train" / "red" / "0.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="red/0.png' can't be read as a picture") as refused:
+        training.train(config(workers=workers), training.folder_data(root), tmp_path / "out", progress=False)
+    assert "\n" not in str(refused.value)
+    (root / "val" / "red" / "0.png").write_bytes((root / "val" / "green" / "1.png").read_bytes()[:200])
+    net = training.build(config(), 3)
+    with pytest.raises(ValueError, match="red/0.png' can't be read as a picture"):
+        training.evaluate(net, training.folder_data(root, train=False), workers=workers, progress=False)
+
+
+def test_runs_are_refused_before_anything_is_lost(tmp_path, whole, run, monkeypatch):
+    output, _ = whole
+    with pytest.raises(ValueError, match="is there already"):
+        training.train(config(), data(), output, progress=False)
+    other = config(grad_accum=2, **{**RANDOM, "mixup": 0.5})
+    with pytest.raises(ValueError, match="other settings: mixup: 0.5 here, 0.4 there$"):
+        training.train(other, data(), output, resume="auto", progress=False)
+    with pytest.raises(ValueError, match="data train_images: 20 here, 18 there"):
+        training.train(config(grad_accum=2, **RANDOM), data(20), output, resume="auto", progress=False)
+    with pytest.raises(ReachError, match="holds no checkpoint"):
+        training.train(config(), data(), tmp_path / "new", resume=tmp_path, progress=False)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="full.* is there already"):
+        training.train(config(grad_accum=2, **RANDOM), data(), full, resume=output, progress=False)
+    with pytest.raises(ValueError, match="18 training pictures don't fill one global batch of 64"):
+        training.train(config(batch_size=64), data(), tmp_path / "new", progress=False)
+    with pytest.raises(ValueError, match="does not take these arguments.*no_such"):
+        training.train(config(model_kwargs={"no_such": 1}), data(), tmp_path / "new", progress=False)
+    with pytest.raises(ValueError, match="the model has 5 classes, the data 3"):
+        training.evaluate(training.build(config(), 5), data(), workers=0)
+    assert not (tmp_path / "new").exists() and [p.name for p in full.iterdir()] == ["precious.txt"]
+    monkeypatch.setattr(processes_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"attnzoo\[train\]"):
+        training.train(config(), data(), tmp_path / "new", progress=False)
+
+
+def test_bf16_is_refused_where_a_gpu_lacks_it(monkeypatch):
+    from attnzoo.backbones.training.config import check_amp
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match="amp 'bf16'.*Tesla T4 does not; use 'no'"):
+        check_amp("bf16", torch.device("cuda", 0))
+    check_amp("bf16", torch.device("cpu"))
+    check_amp("no", torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("--data", "nowhere"), "nowhere"),
+        (("--data", "hf:org/name"), "datasets"),
+        (("--data", "miniature", "--split", 0.1), "--split"),
+        (("--data", "miniature", "--scale", "a,b"), "--scale"),
+        (("--data", "miniature", "--aux-loss", "balance"), "--aux-loss"),
+        (("--data", "miniature", "--aux-loss", "balanced=1"), "aux_loss"),
+        (("--data", "miniature", "-b", 7, "--cutmix", 1), "batch_size"),
+    ],
+)
+def test_the_command_line_names_what_is_wrong(run, tmp_path, monkeypatch, given, said):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    status, told = run(*arguments(tmp_path / "out"), *given)
+    assert status == 2 and told.startswith("error: ") and said in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

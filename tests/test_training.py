@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,6 +198,41 @@ def test_killed_twice_and_continued_elsewhere(monkeypatch, tmp_path, whole):
     assert_same_run(second, whole[0])
     again = training.train(changed, data(), second, resume="auto", progress=False)  # nothing left to do
     assert again["steps"] == 4 and figures(second) == figures(whole[0])
+
+
+def test_batch_norm_and_any_schedule_resume(monkeypatch, tmp_path):
+    """A model that counts its batches and takes no img_size; each of timm's schedules moves the rate every step."""
+    rates = {}
+    for sched in training.SCHEDULES:
+        changed = config(
+            model="test_resnet",
+            model_kwargs={},
+            img_size=32,
+            sched=sched,
+            decay_epochs=1,
+            checkpoint_interval=1,
+            batch_size=8,
+            drop_path=0.1,
+            model_ema=True,
+            model_ema_decay=0.5,
+            epochs=3,
+        )
+        output = tmp_path / sched
+        if sched == "cosine":
+            training.train(changed, data(16, 2), tmp_path / "whole", progress=False)
+            again = partial(training.train, changed, data(16, 2), output, progress=False)
+            killed(monkeypatch, "_step", 4, again)
+            again(resume="auto")
+            assert_same_run(output, tmp_path / "whole")
+        else:
+            training.train(changed, data(16, 2), output, progress=False)
+        rates[sched] = [line["lr"] for line in lines(output) if line["kind"] == "step"]
+    assert rates.pop("none") == [2e-3] * 6
+    for sched, rate in rates.items():
+        assert rate[0] == 1e-6 and rate[1] == pytest.approx(1e-3, rel=0.01), sched
+    assert rates["constant"][2:] == [2e-3] * 4 and rates["step"][2:] == pytest.approx([2e-4] * 2 + [2e-5] * 2)
+    half = [1e-6 + (2e-3 - 1e-6) * 0.5 * (1 + np.cos(np.pi * t / 6)) for t in range(2, 6)]
+    assert rates["cosine"][2:] == pytest.approx(half)
 
 
 def arguments(output: Path, *more: object) -> list[str]:
@@ -398,8 +434,8 @@ def test_folders_are_read_as_timm_reads_them(tmp_path):
     assert found.classes == ("blue", "green", "red") and len(found.train) == 9 and len(found.validation) == 4
     reader = timm.data.create_dataset("", tmp_path, split="train").reader
     assert [found.train[i][1] for i in range(9)] == [target for _, target in reader.samples]
-    for child in (tmp_path / "val").iterdir():
-        child.rename(tmp_path / "val" / {"blue": "blue"}.get(child.name, child.name))
+    models = training.folder_data(tmp_path, train=False, classes=("0", "1", "2"))  # as many, other names: by order
+    assert [models.validation[i][1] for i in range(4)] == [found.validation[i][1] for i in range(4)]
     for picture in (tmp_path / "val" / "green").iterdir():
         picture.unlink()
     (tmp_path / "val" / "green").rmdir()  # a validation half without one of the classes keeps the labels
@@ -459,6 +495,21 @@ def test_fine_tuning_starts_from_a_file(tmp_path):
     assert all(torch.equal(tuned.state_dict()[name], source.state_dict()[name]) for name in same)
     first, second = training.build(config(), 3).state_dict(), training.build(config(seed=1), 3).state_dict()
     assert not torch.equal(first["head.weight"], second["head.weight"])
+
+
+def test_a_part_of_imagenet_is_matched_by_synset(tmp_path):
+    from attnzoo.backbones.inference import class_names
+
+    net = timm.create_model("test_resnet", num_classes=1000)
+    names = class_names(net)
+    assert len(names) == 1000 and names[0] == "n01440764"
+    for name in (names[217], names[0]):
+        (tmp_path / name).mkdir()
+        Squares(1)[0][0].save(tmp_path / name / "a.png")
+    found = training.folder_data(tmp_path, train=False, classes=names)
+    assert [found.validation[i][1] for i in range(2)] == [0, 217]
+    assert training.evaluate(net, found, img_size=48, workers=0, progress=False)["classes"] == 1000
+    assert class_names(training.build(config(), 3)) is None
 
 
 def test_eval_from_the_command_line(run, whole, tmp_path):
@@ -596,3 +647,27 @@ def test_the_command_line_names_what_is_wrong(run, tmp_path, monkeypatch, given,
     status, told = run(*arguments(tmp_path / "out"), *given)
     assert status == 2 and told.startswith("error: ") and said in told and len(told.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- convergence
+
+#: The command of docs/backbones.md, "Training and evaluation".
+DOCUMENTED = """
+--model dinat_mini -s embed_dim=24 -s depths=[2,2,2] -s num_heads=[2,4,8] -s mlp_ratio=2.0 -s kernel_size=3
+-s dilations=[[1,4],[1,2],[1,1]] --data miniature --img-size 48 --crop-pct 1 --scale 1,1 --ratio 1,1 --color-jitter 0
+--epochs 8 --warmup-epochs 1 -b 64 --lr 3e-3 --opt-betas 0.9,0.99 --clip-grad 1 --smoothing 0.05 --drop-path 0
+--model-ema --model-ema-decay 0.99 --log-interval 20 --workers 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_documented_run_learns_the_world(run, tmp_path):
+    """8 walks through 12,000 pictures of 24 classes; 1,200 others decide."""
+    status, said = run("train", "classify", *DOCUMENTED.split(), "--output", tmp_path / "dinat", "--device", "cpu")
+    assert status == 0, said
+    status, said = run(
+        "eval", "classify", "--checkpoint", tmp_path / "dinat" / "best", "--data", "miniature", "--quiet"
+    )
+    told = json.loads(said)
+    assert told["images"] == 1200 and told["top1"] >= 0.75

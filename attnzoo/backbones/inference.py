@@ -172,6 +172,15 @@ def _from_file(model: str, path: Path) -> nn.Module:
     return net
 
 
+def class_names(net: nn.Module) -> list[str] | None:
+    """The names of a classifier's outputs as folders are named: its config's, or ImageNet's synsets by their number."""
+    names = getattr(net, "pretrained_cfg", {}).get("label_names")
+    if names and len(names) == getattr(net, "num_classes", None):
+        return list(names)
+    subset = infer_imagenet_subset(net)
+    return list(ImageNetInfo(subset).label_names()) if subset else None
+
+
 def _labels(net: nn.Module) -> list[str] | None:
     cfg: dict[str, Any] = getattr(net, "pretrained_cfg", {})
     names, descriptions = cfg.get("label_names"), cfg.get("label_descriptions") or {}

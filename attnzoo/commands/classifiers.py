@@ -126,7 +126,7 @@ def train_classify(
 
     Several processes: accelerate launch --multi_gpu -m attnzoo train classify ..., or torchrun.
     """
-    given = dict(locals())
+    given = dict(locals())  # what the settings are called there
     from attnzoo.backbones import training
 
     given |= {
@@ -170,6 +170,7 @@ def eval_classify(
 ) -> None:
     """Measure a classifier: top-1, top-5, pictures per second. Prints JSON."""
     from attnzoo.backbones import load_model, training
+    from attnzoo.backbones.inference import class_names
 
     if model == "miniature":
         if checkpoint or hub:
@@ -179,8 +180,7 @@ def eval_classify(
         net: Any = miniatures.load("dinat_world")
     else:
         net = load_model(model, checkpoint, hub)
-    names = net.pretrained_cfg.get("label_names")
-    classes = names if names and len(names) == net.num_classes else None
+    classes = class_names(net)
     found = find_data(data, split, False, classes, seed, val_split=val_split).limited(None, max_val_images, seed)
     figures = training.evaluate(
         net,

@@ -7,7 +7,7 @@
 Needs the extra `train` (accelerate, torchmetrics, matplotlib); importing attnzoo does not.
 """
 
-from attnzoo.backbones.training.config import NEUTRAL, TrainConfig
+from attnzoo.backbones.training.config import NEUTRAL, SCHEDULES, TrainConfig
 from attnzoo.backbones.training.data import ClassificationData, Pictures, folder_data, hub_data
 from attnzoo.backbones.training.evaluation import evaluate
 from attnzoo.backbones.training.losses import AUXILIARY, AuxiliaryLoss
@@ -16,6 +16,7 @@ from attnzoo.backbones.training.trainer import build, train
 __all__ = [
     "AUXILIARY",
     "NEUTRAL",
+    "SCHEDULES",
     "AuxiliaryLoss",
     "ClassificationData",
     "Pictures",

@@ -129,7 +129,8 @@ def folder_data(
             themselves. Without training, val/ is taken where there is one, else root itself.
         split: the share of each class to validate with, drawn by `seed`; at least one picture a class.
         train: whether training pictures are wanted.
-        classes: the model's class names, in order. Folders are matched to them by name where all are among them.
+        classes: the model's class names, in order (`inference.class_names`). Folders are matched to them by name where
+            all are among them, and by order where none is and there are as many.
 
     Files without a picture's ending are left out; a file that has one and is no picture is an error when it is read,
     which names it.
@@ -162,7 +163,9 @@ def _named(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _scan(root: Path, classes: Sequence[str] | None, of: str = "the model") -> tuple[list[tuple[str, int]], tuple]:
+def _scan(
+    root: Path, classes: Sequence[str] | None, of: str = "the model"
+) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
     samples, found = find_images_and_targets(str(root))
     found.pop("", None)  # pictures beside the folders have no class
@@ -170,24 +173,22 @@ def _scan(root: Path, classes: Sequence[str] | None, of: str = "the model") -> t
         raise ReachError(f"data folder {str(root)!r} holds no pictures in folders of their classes")
     if empty := sorted(set(folders) - {Path(path).relative_to(root).parts[0] for path, _ in samples}):
         raise ValueError(f"data folder {str(root)!r} has classes without pictures: {', '.join(empty[:5])}")
-    names = tuple(found)
+    names, labels = tuple(found), {name: label for label, name in enumerate(found)}
     if classes is not None:
-        names = match_classes(names, classes, str(root), of)
-    labels = {name: label for label, name in enumerate(names)} if classes is None else _labels_of(found, names)
+        labels = _labels(names, classes, str(root), of)
+        names = tuple(classes)
     pairs = [(path, Path(path).parent.name) for path, _ in samples if Path(path).parent != root]
     return [(path, labels[name]) for path, name in pairs], names
 
 
-def _labels_of(found: Any, names: Sequence[str]) -> dict[str, int]:
-    if set(found) <= set(names):
-        return {name: list(names).index(name) for name in found}
-    return {name: label for label, name in enumerate(found)}
-
-
-def match_classes(found: Sequence[str], wanted: Sequence[str], where: str, of: str) -> tuple[str, ...]:
-    """`wanted` where all of `found` are among them, or as many; ValueError else, naming counts and strangers."""
-    if set(found) <= set(wanted) or (len(found) == len(wanted) and of == "the model"):
-        return tuple(wanted)
+def _labels(found: Sequence[str], wanted: Sequence[str], where: str, of: str) -> dict[str, int]:
+    """The label of each folder: by name where all are among `wanted`; a model's classes also by order where there are
+    as many. ValueError else, with counts and strangers."""
+    if set(found) <= set(wanted):
+        order = {name: label for label, name in enumerate(wanted)}
+        return {name: order[name] for name in found}
+    if len(found) == len(wanted) and of == "the model" and not set(found) & set(wanted):
+        return {name: label for label, name in enumerate(found)}
     strangers = [name for name in found if name not in set(wanted)]
     raise ValueError(
         f"classes don't match: {where!r} has {len(found)}, {of} has {len(wanted)}; "

@@ -278,6 +278,7 @@ class _Run:
             self.epoch_loss.load(progress["epoch_loss"])
             source = origin / checkpoints.METRICS
         main = self.accelerator.is_main_process
+        self.accelerator.wait_for_everyone()  # no process looks at the folder any more: now it may be written to
         if main:
             self.output.mkdir(parents=True, exist_ok=True)
             for name in ("last", "best"):

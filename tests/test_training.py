@@ -522,6 +522,11 @@ def test_eval_from_the_command_line(run, whole, tmp_path):
     assert by_folder["images"] == 3 and by_folder["classes"] == 3 and by_folder["images_per_second"] > 0
     status, said = run("eval", "classify", "--model", "resnet18", "--checkpoint", whole[0] / "best", *given)
     assert status == 2 and "resnet18" in said
+    torch.save({"state_dict": timm.create_model("test_resnet", num_classes=3).state_dict()}, tmp_path / "three.pth")
+    status, said = run("eval", "classify", "--model", "test_resnet", "--checkpoint", tmp_path / "three.pth", *given)
+    assert status == 0 and json.loads(said)["checkpoint"].endswith("three.pth")
+    status, said = run("eval", "classify", "--model", "test_resnt", *given)
+    assert status == 2 and "close: " in said and "test_resnet" in said
     status, said = run(
         "eval", "classify", "--model", "miniature", "--data", "miniature", "--max-val-images", 48, *given[2:]
     )
@@ -607,6 +612,10 @@ def test_runs_are_refused_before_anything_is_lost(tmp_path, whole, run, monkeypa
     (full / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="full.* is there already"):
         training.train(config(grad_accum=2, **RANDOM), data(), full, resume=output, progress=False)
+    with pytest.raises(ValueError, match="full.* holds no run"):
+        training.train(config(), data(), full, resume="auto", progress=False)
+    with pytest.raises(ValueError, match="last.* holds no run"):
+        training.train(config(), data(), output / "last", resume="auto", progress=False)
     with pytest.raises(ValueError, match="18 training pictures don't fill one global batch of 64"):
         training.train(config(batch_size=64), data(), tmp_path / "new", progress=False)
     with pytest.raises(ValueError, match="does not take these arguments.*no_such"):
@@ -617,6 +626,21 @@ def test_runs_are_refused_before_anything_is_lost(tmp_path, whole, run, monkeypa
     monkeypatch.setattr(processes_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"attnzoo\[train\]"):
         training.train(config(), data(), tmp_path / "new", progress=False)
+
+
+def test_one_run_writes_a_folder_at_a_time(tmp_path):
+    calm = config(epochs=1, warmup_epochs=0)
+    training.train(calm, data(4, 2), tmp_path / "run", progress=False)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    holding = [sys.executable, "-c", hold, str(tmp_path / "run" / "metrics.jsonl")]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match="is being written by another run"):
+            training.train(calm, data(4, 2), tmp_path / "run", resume="auto", progress=False)
+        other.stdin.close()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    training.train(calm, data(4, 2), tmp_path / "run", resume="auto", progress=False)
 
 
 def test_bf16_is_refused_where_a_gpu_lacks_it(monkeypatch):

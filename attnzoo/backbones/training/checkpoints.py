@@ -102,40 +102,66 @@ def stored_config(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
 
 
+def begun(output: Path) -> dict[str, Any] | None:
+    """The settings of a run that left no checkpoint in `output`; None for an empty folder (or one where the run was
+    killed before it wrote them). Raises ValueError for a folder of something else."""
+    if (output / CONFIG).is_file() and "settings" in (stored := stored_config(output)):
+        return stored
+    if not output.is_dir() or any(p.name not in (METRICS, f".{CONFIG}.tmp") for p in output.iterdir()):
+        raise ValueError(f"output {str(output)!r} is there already and holds no run that could be resumed")
+    return None
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics file up to step `until`; a last line that a kill cut off is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+def _kept(raw: bytes, until: int) -> tuple[list[dict[str, Any]], int]:
+    """The lines up to a step, and how many bytes they take: steps only grow, so they are the file's beginning. A last
+    line that a kill cut off is left out."""
+    lines: list[dict[str, Any]] = []
+    size = 0
+    for text in raw.splitlines(keepends=True):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except ValueError:
             break
-        if until is None or line["step"] <= until:
-            lines.append(line)
-    return lines
+        if line["step"] > until or not text.endswith(b"\n"):
+            break
+        lines.append(line)
+        size += len(text)
+    return lines, size
 
 
 class Metrics:
-    """The metrics file: what lies there up to `until`, then what is added. Only the main process writes."""
+    """The metrics file: what lies there (or in `source`) up to step `until`, then what is added.
+
+    Only the main process writes, and holds a lock on the file that ends with the process.
+    Raises ValueError where another process holds it.
+    """
 
     def __init__(self, path: Path, until: int, writes: bool, source: Path | None = None) -> None:
-        self.lines = read_metrics(source or path, until)
         self._file = None
-        if writes:
-            beside = path.with_name(f".{path.name}.tmp")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-            os.replace(beside, path)
-            self._file = path.open("a", encoding="utf-8")
+        self.lines: list[dict[str, Any]] = []
+        if not writes:
+            return
+        self._file = path.open("a+b")
+        try:
+            _lock(self._file)
+        except OSError as error:
+            self._file.close()
+            raise ValueError(f"output {str(path.parent)!r} is being written by another run") from error
+        self._file.seek(0)  # read through this handle: closing another one would end the lock
+        raw = source.read_bytes() if source is not None and source.is_file() else self._file.read()
+        self.lines, size = _kept(raw, until)
+        self._file.truncate(0 if source else size)
+        if source:
+            self._file.write(raw[:size])
+            self._file.flush()
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
 
     def sync(self) -> None:
@@ -183,7 +209,18 @@ def export(
         os.replace(path, folder / path.name.removeprefix("."))
 
 
+def _lock(file: Any) -> None:
+    """Lock for this process alone; its children don't inherit it, so a killed run's readers don't keep it."""
+    if os.name == "posix":
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _sync(path: Path) -> None:
+    """Onto the disk: a file's content, or a folder's names (where the system can)."""
+    if os.name != "posix" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Draw the lines of a metrics.jsonl (see `checkpoints.read_metrics`) into `path`, a PNG."""
+    """Draw the lines of a metrics.jsonl, each a dict, into `path`, a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

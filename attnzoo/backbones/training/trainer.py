@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.data import Mixup, create_transform
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -266,8 +267,8 @@ class _Run:
         stored = None
         if checkpoint is not None:
             stored = checkpoints.stored_config(checkpoint)
-        elif resume is not None and (self.output / checkpoints.CONFIG).is_file():
-            stored = checkpoints.stored_config(self.output)
+        elif resume is not None and self.output.exists():
+            stored = checkpoints.begun(self.output)
         if stored is not None:
             self._refuse_another(stored, own, checkpoint or self.output)
         source = None
@@ -276,7 +277,7 @@ class _Run:
             self.done, self.best, self.seconds = progress["step"], progress["best"], progress["seconds"]
             self.window.load(progress["window"])
             self.epoch_loss.load(progress["epoch_loss"])
-            source = origin / checkpoints.METRICS
+            source = origin / checkpoints.METRICS if elsewhere else None
         main = self.accelerator.is_main_process
         self.accelerator.wait_for_everyone()  # no process looks at the folder any more: now it may be written to
         if main:
@@ -284,8 +285,10 @@ class _Run:
             for name in ("last", "best"):
                 if elsewhere and (origin / name).is_dir():
                     shutil.copytree(origin / name, self.output / name)
-            checkpoints.write_json(self.output / checkpoints.CONFIG, own)
         self.metrics = checkpoints.Metrics(self.output / checkpoints.METRICS, self.done, main, source)
+        self.metrics.lines = broadcast_object_list([self.metrics.lines])[0]
+        if main:
+            checkpoints.write_json(self.output / checkpoints.CONFIG, own)
         self.accelerator.wait_for_everyone()
 
     def _refuse_another(self, stored: dict[str, Any], own: dict[str, Any], where: Path) -> None:

@@ -18,6 +18,8 @@ import typer.core
 from rich.console import Console
 from rich.table import Column, Table
 
+from attnzoo.commands.classifiers import eval_classify, train_classify
+from attnzoo.commands.options import Params, pairs_as_dict
 from attnzoo.errors import AttnzooError, ReachError, check_choice
 
 app = typer.Typer(
@@ -27,8 +29,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Attention methods where you already work: timm, diffusers, transformers.",
 )
-train_app = typer.Typer(no_args_is_help=True, help="Train an embedded model.")
+train_app = typer.Typer(no_args_is_help=True, help="Train an embedded model, or one of the backbones.")
 app.add_typer(train_app, name="train")
+train_app.command("classify")(train_classify)
+eval_app = typer.Typer(no_args_is_help=True, help="Measure a model on labelled data.")
+app.add_typer(eval_app, name="eval")
+eval_app.command("classify")(eval_classify)
 
 
 class _RunUnlessNamed(typer.core.TyperGroup):
@@ -45,7 +51,8 @@ app.add_typer(bench_app, name="bench")
 
 _EXTRAS = {
     "diffusers": "generators",
-    "accelerate": "generators",
+    "accelerate": "train",
+    "torchmetrics": "train",
     "transformers": "vlm",
     "open_clip": "clip",
     "gradio": "demo",
@@ -53,28 +60,9 @@ _EXTRAS = {
     "sklearn": "demo",
 }
 
-Params = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="A method's setting, KEY=VALUE; VALUE is read as JSON, else as text."),
-]
-
 
 def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
-
-
-def _settings(pairs: list[str] | None) -> dict[str, Any]:
-    """`KEY=VALUE` pairs as keyword arguments; `kernel_size=[3,5]` is a list, `layers=1` an int."""
-    settings: dict[str, Any] = {}
-    for pair in pairs or []:
-        key, sign, value = pair.partition("=")
-        if not sign or not key.isidentifier():
-            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value
-    return settings
 
 
 def _beside(name: str) -> ModuleType:
@@ -356,7 +344,7 @@ def convert(
     """Write a published checkpoint as a folder that timm's local-dir: loads."""
     from attnzoo import backbones
 
-    report = backbones.convert(source, target, model, **_settings(settings))
+    report = backbones.convert(source, target, model, **pairs_as_dict(settings))
     typer.echo(str(report))
     for what in ("renamed", "resampled"):
         for name, became in getattr(report, what).items():
@@ -419,7 +407,7 @@ def generate(
         num_inference_steps=steps,
         height=height,
         width=width,
-        **_settings(settings),
+        **pairs_as_dict(settings),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)
@@ -439,7 +427,9 @@ def ask(
     from attnzoo import vlm
 
     _existing([image])
-    typer.echo(vlm.ask(image, prompt, model=model, method=method, max_new_tokens=max_new_tokens, **_settings(settings)))
+    typer.echo(
+        vlm.ask(image, prompt, model=model, method=method, max_new_tokens=max_new_tokens, **pairs_as_dict(settings))
+    )
 
 
 @app.command()

@@ -42,7 +42,7 @@ def scene_png(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, world.Sce
 def test_help_names_every_command(run):
     status, said = run("--help")
     assert status == 0
-    for command in ("demo", "list", "info", "check", "bench", "classify", "generate", "ask", "serve", "train"):
+    for command in ("demo", "list", "info", "check", "bench", "classify", "generate", "ask", "serve", "train", "eval"):
         assert command in said
 
 

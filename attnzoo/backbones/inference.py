@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 from PIL import Image, UnidentifiedImageError
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 
 from attnzoo.backbones.weights import build_for, checkpoint_state, fit_state
@@ -92,7 +92,16 @@ def load_model(model: str | None = None, checkpoint: str | Path | None = None, h
 
 def preprocess(net: nn.Module, picture: Image.Image) -> Tensor:
     """The picture as the model's config wants it: [in_chans, H, W], resized, centre-cropped, normalised."""
-    config = resolve_model_data_config(net)
+    config = data_config(net)
+    transform: Any = create_transform(**config, is_training=False)
+    return transform(picture.convert("L" if config["input_size"][0] == 1 else "RGB"))
+
+
+def data_config(net: nn.Module, **overrides: Any) -> dict[str, Any]:
+    """timm's input config of a model of 1 or 3 channels, with means and deviations for each; overrides that are None
+    are left out (img_size, crop_pct, interpolation, mean, std)."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    config = resolve_data_config({"in_chans": getattr(net, "in_chans", None), **given}, model=net)
     channels = getattr(net, "in_chans", config["input_size"][0])
     config["input_size"] = (channels, *config["input_size"][1:])
     if channels not in (1, 3):
@@ -101,8 +110,7 @@ def preprocess(net: nn.Module, picture: Image.Image) -> Tensor:
         values = config[key]
         if len(values) != channels:
             config[key] = (sum(values) / len(values),) * channels
-    transform: Any = create_transform(**config, is_training=False)
-    return transform(picture.convert("L" if channels == 1 else "RGB"))
+    return config
 
 
 def _open(picture: Picture) -> Image.Image:
@@ -162,6 +170,15 @@ def _from_file(model: str, path: Path) -> nn.Module:
     fitted, _ = fit_state(checkpoint_state(path, net), net, f"checkpoint {path.name!r}")
     net.load_state_dict(fitted, strict=False)
     return net
+
+
+def class_names(net: nn.Module) -> list[str] | None:
+    """The names of a classifier's outputs as folders are named: its config's, or ImageNet's synsets by their number."""
+    names = getattr(net, "pretrained_cfg", {}).get("label_names")
+    if names and len(names) == getattr(net, "num_classes", None):
+        return list(names)
+    subset = infer_imagenet_subset(net)
+    return list(ImageNetInfo(subset).label_names()) if subset else None
 
 
 def _labels(net: nn.Module) -> list[str] | None:

@@ -187,14 +187,14 @@ def _weight_of(cfg: dict[str, Any], layer: str) -> str:
     return f"{name[0] if isinstance(name, tuple | list) and name else name}.weight"
 
 
-def build_for(name: str, state: dict[str, Tensor], cfg: dict[str, Any]) -> nn.Module:
-    """timm's `name` with the number of classes and image channels that the weights have."""
+def build_for(name: str, state: dict[str, Tensor], cfg: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """timm's `name` with the number of classes and image channels that the weights have, and further arguments."""
     sizes: dict[str, Any] = {}
     for argument, layer, axis in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
         weight = state.get(_weight_of(cfg, layer))
         if isinstance(weight, Tensor) and weight.ndim > axis:
             sizes[argument] = weight.shape[axis]
-    return timm.create_model(name, **sizes)
+    return timm.create_model(name, **(sizes | kwargs))
 
 
 def convert(source: str | Path, target: str | Path, model: str, **kwargs: Any) -> LoadReport:

@@ -25,6 +25,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.kernels.neighborhood_attention import tiling
@@ -309,9 +310,10 @@ class _Call:
         if name in self._tables:
             return self._tables[name]
         heads = slice(unit.heads.start * self.repeats, unit.heads.stop * self.repeats)
-        taken = bias.flatten(1)[heads].to(self.dtype)
-        taken = (taken * _LOG2E if added else taken.exp())[:, None, cut.offset(unit.region)]
-        taken = torch.where(cut.allowed(unit.region), taken, -math.inf if added else 0.0)
+        by_offset, index = bias.flatten(1)[heads].to(self.dtype), cut.seen_offset(unit.region)
+        by_offset = by_offset * _LOG2E if added else by_offset.exp()
+        by_offset = F.pad(by_offset, (0, 1), value=-math.inf if added else 0.0)
+        taken = by_offset.index_select(1, index.flatten()).view(-1, *index.shape)
         made = cut.spread(taken.unflatten(0, (-1, self.repeats)).movedim(1, -2).flatten(-2), unit.region)
         if sum(table.numel() for table in self._tables.values()) + made.numel() <= _BIAS:
             self._tables[name] = made

@@ -457,7 +457,7 @@ class Plan:
         return made
 
     def spread(self, table: Tensor, region: Region) -> Tensor:
-        """A table [..., products of samples, a, b] for every tile of a group, [..., tiles, a, b]; itself where equal."""
+        """A table [..., products of samples, a, b] for every tile of a group, [..., tiles, a, b]."""
         index = self.samples(region)[1]
         return table if table.shape[-3] == len(index) else table.index_select(-3, index)
 

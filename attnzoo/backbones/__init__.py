@@ -29,6 +29,7 @@ from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAtten
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
 from attnzoo.backbones.care import CARETransformer
+from attnzoo.backbones.complexity import Complexity, complexity
 from attnzoo.backbones.dependencyvit import DependencyViT
 from attnzoo.backbones.detection import detector
 from attnzoo.backbones.dinat_s import DiNAT_s
@@ -64,6 +65,7 @@ __all__ = [
     "CARETokenMixer",
     "CARETransformer",
     "ChannelProcessing",
+    "Complexity",
     "CosineAttention",
     "DependencyViT",
     "DiNAT",
@@ -106,6 +108,7 @@ __all__ = [
     "attention_diversification_loss",
     "attention_saliency",
     "classify",
+    "complexity",
     "convert",
     "detector",
     "feature_norms",

@@ -117,15 +117,25 @@ def _softmax_care(size: int) -> nn.Module:
     return model
 
 
+def _cfg(name: str) -> Any:
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        raise ValueError(f"timm has no default cfg of {name!r}: give a registered model")
+    return cfg
+
+
+def native_size(name: str) -> int:
+    """The side of the images that a model's published weights take."""
+    return _cfg(name).input_size[-1]
+
+
 def build(name: str, size: int, **kwargs: Any) -> nn.Module:
     """A timm model by name, or one of the softmax hosts, in eval mode and for square images of `size`."""
     if name == "softmax_care":
         return _softmax_care(size).eval()
     if name == "softmax_pvt":
         return AgentPVT(size, depths=(2, 2, 2, 2), attn_type="BBBB", **kwargs).eval()
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None:
-        raise ValueError(f"timm has no default cfg of {name!r}: give a registered model")
+    cfg = _cfg(name)
     if size != cfg.input_size[-1] and cfg.fixed_input_size:  # pyramids take any size as they are
         kwargs["img_size"] = size
     return timm.create_model(name, **kwargs).eval()

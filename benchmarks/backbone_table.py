@@ -13,7 +13,7 @@ from attnzoo import catalog
 from attnzoo.backbones import complexity
 from attnzoo.configs import Method
 
-KERNELS = {"scaled_dot_product_attention": "torch's own"}
+OURS = "attnzoo."
 HEAD = """\
 # All backbones
 
@@ -25,8 +25,9 @@ Written by the command at the end; tests/test_backbone_table.py compares it with
 - **top-1** is the authors' figure on ImageNet-1K, in per cent, not measured here; a dash where they published none.
 - **status**: `exact`, our outputs agree with the authors' code to float32 rounding; `adapted`, the catalogue says why
   they may not (`attnzoo info NAME`).
-- **licence** is that of the authors' code, then of their weights, which a user brings; this package's own is Apache-2.0.
-- **kernel**: attnzoo's operation, or torch's own attention and products.
+- **licence** is that of the authors' code, then of their weights, which a user brings; ours is Apache-2.0.
+- **kernel**: the operations of attnzoo that the model calls, or torch's own attention and products. (TransNeXt's
+  windows run as shifted products on the CPU, by the kernel elsewhere.)
 - **time**: that of the named model of timm is 1, below 1 ours is faster; medians of one thread's CPU time, in turns.
 """
 COLUMNS = ("model", "paper", "params", "size", "GMACs", "top-1", "status", "licence", "kernel", "time")
@@ -64,7 +65,7 @@ def row(name: str, method: Method) -> list[str]:
         top1((notes,) if isinstance(notes, str) else tuple(notes)),
         method.status,
         " / ".join(filter(None, (method.licence, method.weights_licence))),
-        KERNELS.get(method.operation, method.operation.replace("_attention", "")),
+        ", ".join(sorted(o.removeprefix(OURS) for o in counted.by_operator if o.startswith(OURS))) or "torch's own",
     ]
 
 

@@ -125,7 +125,7 @@ def times(names: list[str], runs: int, batch: int) -> int:
     failed = 0
     for entry in names or cases.PEERS:
         name, _, size = entry.partition("@")
-        side = int(size) if size else timm.get_pretrained_cfg(name).input_size[-1]
+        side = int(size) if size else cases.native_size(name)
         row = measure(name, side, runs, batch)
         if row is None:
             print(f"{name} at {side}: outputs are wrong, no speed is given")

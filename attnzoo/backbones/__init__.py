@@ -8,6 +8,7 @@ One file a family; `attnzoo list backbones` and docs/backbones.md name them all.
 
 from attnzoo.backbones import restoration
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
+from attnzoo.backbones.attention_maps import AttentionMap, attention_maps, attention_rollout, rollout
 from attnzoo.backbones.blocks import (
     CAREBlock,
     CARETokenMixer,
@@ -61,6 +62,7 @@ __all__ = [
     "AgentPVT",
     "AgentSwin",
     "AggregatedAttention",
+    "AttentionMap",
     "CAREBlock",
     "CARETokenMixer",
     "CARETransformer",
@@ -106,6 +108,8 @@ __all__ = [
     "ViTAEVSA",
     "as_attn_layer",
     "attention_diversification_loss",
+    "attention_maps",
+    "attention_rollout",
     "attention_saliency",
     "classify",
     "complexity",
@@ -118,6 +122,7 @@ __all__ = [
     "moh_dit",
     "preprocess",
     "restoration",
+    "rollout",
     "sigmoid_attention",
     "sigmoid_block",
     "use_cell_attention",

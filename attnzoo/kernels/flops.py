@@ -41,8 +41,8 @@ def _neighborhood(
 ) -> int:
     batch, *grid, heads, dim = query
     pairs = 1
-    for axis in zip(grid, kernel_size, stride, dilation, is_causal):
-        windows = axis_windows(*axis, border)
+    for size, kernel, step, spread, causal in zip(grid, kernel_size, stride, dilation, is_causal, strict=True):
+        windows = axis_windows(size, kernel, step, spread, causal, border)
         # the zero vectors of border "zero" need no product
         high, low = torch.minimum(windows.high, windows.length - 1), windows.low.clamp(min=0)
         pairs *= int((high - low + 1).clamp(min=0).sum())
@@ -64,7 +64,7 @@ def _linear(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
 
 def _sampled(query: Shape, key: Shape, value: Shape, positions: Shape, *_: Any, **__: Any) -> int:
     batch, height, width, heads, dim = query
-    _, rows, columns, _, samples, _ = positions
+    rows, columns, samples = positions[1], positions[2], positions[4]
     read = 4 * rows * columns * samples  # four pixels a position
     return 2 * batch * heads * (height * width * samples + read) * (dim + value[-1])
 

@@ -85,7 +85,6 @@ CURVES: dict[str, Curve] = {
         ("agent", "agent_pvt_tiny", {}),
         ("inline", "inline_pvt_tiny", {}),
         ("softmax, keys reduced", "softmax_pvt", {}),
-        ("softmax, all keys", "softmax_pvt", {"sr_ratios": (1, 1, 1, 1)}),
     ),
     "Swin-T": (
         ("agent", "agent_swin_tiny", {}),
@@ -94,7 +93,7 @@ CURVES: dict[str, Curve] = {
     ),
     "CARE-S0": (("care", "caretrans_s0", {}), ("softmax in its place", "softmax_care", {})),
 }
-SIZES = (224, 384, 512, 768, 1024)
+SIZES = (224, 384, 512, 768)
 
 
 class SoftmaxCARE(CARETokenMixer):

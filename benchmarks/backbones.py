@@ -57,7 +57,7 @@ def machine() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, timm {timm.__version__}"
 
 
-def keep(section: str, rows: dict[str, Any], path: Path = RESULTS) -> None:
+def keep(section: str, rows: dict[str, Any], path: Path) -> None:
     """Merge rows into a section of the results, each with the revision and the machine it was measured on."""
     contents = json.loads(path.read_text()) if path.exists() else {}
     here = {"revision": revision(), "machine": machine()}
@@ -120,7 +120,7 @@ def measure(name: str, size: int, runs: int, batch: int = 1) -> dict[str, Any] |
     }
 
 
-def times(names: list[str], runs: int, batch: int) -> int:
+def times(names: list[str], runs: int, batch: int, out: Path = RESULTS) -> int:
     """The command `times`; 1 where a model's outputs are wrong."""
     failed = 0
     for entry in names or cases.PEERS:
@@ -131,7 +131,7 @@ def times(names: list[str], runs: int, batch: int) -> int:
             print(f"{name} at {side}: outputs are wrong, no speed is given")
             failed = 1
             continue
-        keep("times", {f"{name}@{side}": row})
+        keep("times", {f"{name}@{side}": row}, out)
         print(told(row), flush=True)
     return failed
 
@@ -168,23 +168,23 @@ def _caller(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: model(x)
 
 
-def curves(titles: list[str], runs: int) -> int:
+def curves(titles: list[str], runs: int, sizes: tuple[int, ...], out: Path = RESULTS) -> int:
     """The command `curves`; 1 where a model's outputs are wrong."""
     failed = 0
     for title in titles or cases.CURVES:
-        found = curve(title, runs)
+        found = curve(title, runs, sizes)
         if found is None:
             print(f"{title}: outputs are wrong, no speed is given")
             failed = 1
             continue
-        keep("curves", {title: found})
+        keep("curves", {title: found}, out)
         for label, values in found["times"].items():
             print(
                 f"{title}, {label}: " + ", ".join(f"{s}: {v:.2f}" for s, v in zip(found["sizes"], values)), flush=True
             )
     from benchmarks.plotting import plot_curves
 
-    print(plot_curves(json.loads(RESULTS.read_text())["curves"], PICTURE))
+    print(plot_curves(json.loads(out.read_text())["curves"], PICTURE))
     return failed
 
 
@@ -212,7 +212,7 @@ def _resident() -> int:
     return int(lines["VmRSS"].split()[0])
 
 
-def memory(entries: list[str], repeats: int = 3) -> int:
+def memory(entries: list[str], out: Path = RESULTS, repeats: int = 3) -> int:
     """The command `memory`: medians of peaks in fresh processes, ours over timm's."""
     for entry in entries or MEMORY:
         name, _, size = entry.partition("@")
@@ -229,7 +229,7 @@ def memory(entries: list[str], repeats: int = 3) -> int:
                 found[each] = sorted(told)[repeats // 2] / 1024
             ratio = found[name] / found[cases.PEERS[name]]
             row = {"model": name, "peer": cases.PEERS[name], "size": int(size), "mode": mode, "mib": found}
-            keep("memory", {f"{entry}/{mode}": {**row, "ratio": ratio, "repeats": repeats}})
+            keep("memory", {f"{entry}/{mode}": {**row, "ratio": ratio, "repeats": repeats}}, out)
             print(f"{entry}, {mode}: {ratio:.2f} x {cases.PEERS[name]}, MiB: {found}", flush=True)
     return 0
 
@@ -241,6 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="NAME or NAME@SIZE, or titles of curves; all without")
     parser.add_argument("--runs", type=int, default=None, help="of each contender, after one that warms up")
     parser.add_argument("--batch", type=int, default=1, help="images per run of `times`")
+    parser.add_argument("--sizes", type=int, nargs="+", default=cases.SIZES, help="of `curves`, pixels a side")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file that what is measured is merged into")
     parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="of `peak`")
     options = parser.parse_args(arguments)
     for value, name in ((options.runs, "runs"), (options.batch, "batch")):
@@ -253,11 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"NAME must be one of {', '.join(sorted(known))}, with @SIZE or without; got {entry!r}")
     torch.set_num_threads(1)
     if options.what == "times":
-        return times(options.names, options.runs or 9, options.batch)
+        return times(options.names, options.runs or 9, options.batch, options.out)
     if options.what == "curves":
-        return curves(options.names, options.runs or 5)
+        return curves(options.names, options.runs or 5, tuple(options.sizes), options.out)
     if options.what == "memory":
-        return memory(options.names)
+        return memory(options.names, options.out)
     if options.what == "peak":
         name, _, size = options.names[0].partition("@")
         print(peak(name, int(size), options.mode == "training"))

@@ -17,7 +17,7 @@ OURS = "attnzoo."
 HEAD = """\
 # All backbones
 
-Written by the command at the end; tests/test_backbone_table.py compares it with what the command counts today.
+Written by the command at the end; tests/test_backbone_benchmarks.py compares it with what the command counts today.
 
 - **params** and **GMACs** are counted here (`attnzoo.backbones.complexity`), GMACs for one image of the size beside
   them: convolutions, Linears, matrix products, and fused kernels by the pairs of query and key that they attend to
@@ -89,16 +89,37 @@ def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def table(results: Path) -> str:
-    """The page, from the catalogue and the results of `python -m benchmarks.backbones times`."""
+def cells_of(page: str) -> dict[str, list[str]]:
+    """The cells of a page by model. Raises ValueError where its columns are not those of today."""
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    cells = [[cell.strip() for cell in row[2:-1].split(" | ")] for row in rows]
+    if not cells or cells[0] != list(COLUMNS):
+        raise ValueError("the page has no table with today's columns: write it anew, without --times-only")
+    return {row[0]: row for row in cells[1:]}
+
+
+def table(results: Path, page: str | None = None) -> str:
+    """The page, from the catalogue and the results of `python -m benchmarks.backbones times`.
+
+    page: take what was counted from this text of the page instead of counting anew (a minute or two). Raises ValueError
+    where it lacks a model.
+    """
     contents: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
     times = contents.get("times", {})
     aligned = ["---:" if column in ("params", "size", "GMACs", "top-1") else "---" for column in COLUMNS]
     lines = [line(list(COLUMNS)), line(aligned)]
-    lines += [line([*row(name, method), time_cell(name, times)]) for name, method in models()]
-    where = {(found["revision"], found["machine"]) for found in times.values()}
-    measured = [f"- revision {revision} on {machine}, one thread, batch 1" for revision, machine in sorted(where)]
+    known = {} if page is None else cells_of(page)
+    for name, method in models():
+        if page is not None and name not in known:
+            raise ValueError(f"the page has no row of {name}: write it anew, without --times-only")
+        counted = row(name, method) if page is None else known[name][:-1]
+        lines.append(line([*counted, time_cell(name, times)]))
+    where: dict[tuple[str, str], int] = {}
+    for found in times.values():
+        place = found["revision"], found["machine"]
+        where[place] = where.get(place, 0) + 1
+    measured = [f"- {count} rows at revision {at} on {machine}" for (at, machine), count in sorted(where.items())]
     end = "```sh\npython -m benchmarks.backbones times   # writes benchmarks/backbones.json\n"
     end += "python -m benchmarks.backbones table   # writes this page\n```\n"
-    said = "The times were measured at\n\n" + "\n".join(measured) + "\n\n" if measured else ""
+    said = "Times, of one thread and batch 1:\n\n" + "\n".join(measured) + "\n\n" if measured else ""
     return HEAD + "\n" + "\n".join(lines) + "\n\n" + said + end

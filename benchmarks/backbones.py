@@ -101,7 +101,7 @@ def right(name: str, model: nn.Module, peer: nn.Module, x: Tensor) -> bool:
 def measure(name: str, size: int, runs: int, batch: int = 1) -> dict[str, Any] | None:
     """One row: how a model's time stands to its peer's; None where its outputs are not right."""
     peer_name = cases.PEERS[name]
-    model, peer = cases.perturb(cases.build(name, size)), cases.build(peer_name, size)
+    model, peer = (cases.perturb(cases.build(each, size)) for each in (name, peer_name))
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         if not right(name, model, peer, x):
@@ -243,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1, help="images per run of `times`")
     parser.add_argument("--sizes", type=int, nargs="+", default=cases.SIZES, help="of `curves`, pixels a side")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file that what is measured is merged into")
+    parser.add_argument("--times-only", action="store_true", help="of `table`: keep what the page has counted")
     parser.add_argument("--mode", choices=("inference", "training"), default="inference", help="of `peak`")
     options = parser.parse_args(arguments)
     for value, name in ((options.runs, "runs"), (options.batch, "batch")):
@@ -266,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from benchmarks.backbone_table import table
 
-    TABLE.write_text(table(RESULTS))
+    TABLE.write_text(table(options.out, TABLE.read_text() if options.times_only else None))
     print(TABLE)
     return 0
 

@@ -82,7 +82,7 @@ def test_the_count_is_the_same_on_the_meta_device_and_of_a_plain_model_by_hand()
     small = {"embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4), "kernel_size": 3, "num_classes": 5}
     there = complexity(timm.create_model("nat_mini", **small).eval(), (32, 40))
     assert there == complexity("nat_mini", (32, 40), **small)
-    assert there.by_operator["attnzoo.neighborhood_attention"] == 9 * 16 * (2 * 8 * 10 * 2 + 2 * 4 * 5)
+    assert there.by_operator["attnzoo.neighborhood_attention"] == 9 * (2 * 16 * 80 * 2 + 2 * 32 * 20)
     assert sum(there.by_operator.values()) == there.macs
 
 
@@ -106,15 +106,25 @@ PAGE = ROOT / "docs" / "backbones_table.md"
 
 def page() -> dict[str, list[str]]:
     """The cells by model."""
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    cells = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in lines]
-    assert cells[0] == list(backbone_table.COLUMNS)
-    return {row[0]: row for row in cells[1:]}
+    return backbone_table.cells_of(PAGE.read_text())
 
 
 def test_the_page_has_every_model() -> None:
     ours = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("attnzoo")}
     assert ours <= set(page()) == {name for name, _ in backbone_table.models()}
+
+
+def test_new_times_into_a_counted_page(tmp_path: Path) -> None:
+    results = json.loads(backbones.RESULTS.read_text())
+    results["times"]["dinat_tiny@224"]["ratio"] = 7.77
+    changed = tmp_path / "results.json"
+    changed.write_text(json.dumps(results))
+    counted = PAGE.read_text()
+    again = backbone_table.table(changed, counted)
+    assert "7.77 x swin_tiny" in again and "7.77" not in counted
+    assert backbone_table.table(backbones.RESULTS, counted) == backbone_table.table(backbones.RESULTS, again) == counted
+    with pytest.raises(ValueError, match="dinat_tiny"):
+        backbone_table.table(changed, counted.replace("| dinat_tiny |", "| dinat_teeny |"))
 
 
 def test_the_pages_times_are_those_of_the_results() -> None:
@@ -287,6 +297,7 @@ def test_rows_are_checked_timed_and_kept(
     assert math.isfinite(training.item())
     count = len(runs)
     assert go() and len(runs) == count  # all of it was kept
+    assert "ours: 500 images/s" in capsys.readouterr().out
 
     monkeypatch.setattr(gpu_backbones, "right", lambda *_: False)
     kept = gpu.Kept(tmp_path / "wrong", {"gpu": "none"})

@@ -28,7 +28,8 @@ Written by the command at the end; tests/test_backbone_benchmarks.py compares it
 - **licence** is that of the authors' code, then of their weights, which a user brings; ours is Apache-2.0.
 - **kernel**: the operations of attnzoo that the model calls, or torch's own attention and products. (TransNeXt's
   windows run as shifted products on the CPU, by the kernel elsewhere.)
-- **time**: that of the named model of timm is 1, below 1 ours is faster; medians of one thread's CPU time, in turns.
+- **time**: that of the named model of timm is 1, below 1 ours is faster; medians of one thread's CPU time, in turns;
+  empty where none was measured, with (size) where it is not 224.
 """
 COLUMNS = ("model", "paper", "params", "size", "GMACs", "top-1", "status", "licence", "kernel", "time")
 

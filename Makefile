@@ -40,8 +40,9 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed         ## ratios against a named peer, on this CPU
 	$(BIN)/attnzoo bench
 
-bench-gpu: $(VENV)/.installed     ## checks, a tuned table of tiles, times, a plot in outputs/gpu; needs a GPU
+bench-gpu: $(VENV)/.installed     ## checks, a tuned table of tiles, times, a plot in outputs/gpu; backbones; needs a GPU
 	$(BIN)/python -m benchmarks.gpu --out outputs/gpu --tune-out outputs/gpu/neighborhood_attention.json
+	$(BIN)/python -m benchmarks.gpu_backbones --out outputs/gpu_backbones
 
 serve: $(VENV)/.installed         ## the Gradio app on 127.0.0.1
 	$(BIN)/attnzoo serve

@@ -105,6 +105,34 @@ def medians(
     return {name: statistics.median(times) for name, times in taken.items()}, absent
 
 
+def paired_ratio(ours: Run, theirs: Run, repeats: int, clock: Callable[[], float]) -> tuple[float, float, float]:
+    """(lower quartile, median, upper quartile) of the ratios of ours to theirs, run in turns after one run each."""
+    ours()
+    theirs()
+    found = []
+    for _ in range(repeats):
+        marks = [clock()]
+        for run in (ours, theirs):
+            run()
+            marks.append(clock())
+        found.append((marks[1] - marks[0]) / max(marks[2] - marks[1], 1e-9))
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if repeats > 1 else found * 3
+    return low, middle, high
+
+
+def turns(runs: Mapping[str, Run], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each by `clock`, run in turns after one run each."""
+    for run in runs.values():
+        run()
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            taken[name].append(clock() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
 def cuda_clock() -> float:
     """Seconds, after all work on the GPU is done."""
     torch.cuda.synchronize()

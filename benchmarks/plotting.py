@@ -73,3 +73,32 @@ def plot(results: Path, picture: Path) -> Path:
     figure.savefig(picture, dpi=130)
     pyplot.close(figure)
     return picture
+
+
+def plot_curves(curves: dict[str, dict[str, Any]], picture: Path) -> Path:
+    """Draw `benchmarks.backbones curves` into a PNG, a panel a group: time against resolution; returns its path."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    colours = ("#0072b2", "#d55e00", "#009e73", "#999999")
+    figure, axes = pyplot.subplots(
+        1, len(curves), figsize=(3.6 * len(curves), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, (title, found) in zip(axes[0], curves.items()):
+        last = len(found["times"]) - 1
+        for number, (label, values) in enumerate(found["times"].items()):
+            colour = colours[-1] if number == last else colours[number]
+            axis.plot(found["sizes"], values, "o-" if number < last else "s--", color=colour, label=label)
+        axis.set_yscale("log")
+        axis.set_xticks(found["sizes"], [str(size) for size in found["sizes"]])
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("image side, pixels")
+        axis.legend(fontsize=7, frameon=False)
+        axis.grid(axis="y", color="#eeeeee")
+    axes[0, 0].set_ylabel("time, in units of the dashed line's at the left")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+    return picture

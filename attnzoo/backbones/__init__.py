@@ -8,6 +8,7 @@ One file a family; `attnzoo list backbones` and docs/backbones.md name them all.
 
 from attnzoo.backbones import restoration
 from attnzoo.backbones.agent import AgentCSwin, AgentDeiT, AgentPVT, AgentSwin
+from attnzoo.backbones.attention_maps import AttentionMap, attention_maps, attention_rollout, rollout
 from attnzoo.backbones.blocks import (
     CAREBlock,
     CARETokenMixer,
@@ -29,6 +30,7 @@ from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAtten
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
 from attnzoo.backbones.care import CARETransformer
+from attnzoo.backbones.complexity import Complexity, complexity
 from attnzoo.backbones.dependencyvit import DependencyViT
 from attnzoo.backbones.detection import detector
 from attnzoo.backbones.dinat_s import DiNAT_s
@@ -60,10 +62,12 @@ __all__ = [
     "AgentPVT",
     "AgentSwin",
     "AggregatedAttention",
+    "AttentionMap",
     "CAREBlock",
     "CARETokenMixer",
     "CARETransformer",
     "ChannelProcessing",
+    "Complexity",
     "CosineAttention",
     "DependencyViT",
     "DiNAT",
@@ -104,8 +108,11 @@ __all__ = [
     "ViTAEVSA",
     "as_attn_layer",
     "attention_diversification_loss",
+    "attention_maps",
+    "attention_rollout",
     "attention_saliency",
     "classify",
+    "complexity",
     "convert",
     "detector",
     "feature_norms",
@@ -115,6 +122,7 @@ __all__ = [
     "moh_dit",
     "preprocess",
     "restoration",
+    "rollout",
     "sigmoid_attention",
     "sigmoid_block",
     "use_cell_attention",

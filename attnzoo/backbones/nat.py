@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class ConvTokenizer(nn.Module):
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        # so that the convolutions write what the norm reads, which no copy has to reorder
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 

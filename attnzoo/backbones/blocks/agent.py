@@ -95,15 +95,8 @@ class AgentMixer(Mixer):
         bias = table + (self.ha_bias + self.wa_bias).flatten(2, 3)
         return torch.cat([self.ca_bias, bias], dim=2) if self.num_prefix else bias
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        size: Size,
-        key_size: Size,
-        context: Tensor,
-        mask: Tensor | None = None,
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, size: Size, key_size: Size, mask: Tensor | None = None
     ) -> Tensor:
         if (size, key_size) != (self.size, self.key_size):
             raise ValueError(
@@ -114,7 +107,20 @@ class AgentMixer(Mixer):
         pooled = F.adaptive_avg_pool2d(query[:, prefix:].transpose(1, 2).unflatten(2, size), self.side)
         agents = pooled.flatten(2).transpose(1, 2)
         q, k, v, a = (self.heads(t) for t in (query, key, value, agents))
-        out = pooled_attention(q, k, v, a, agent_bias=self.agent_bias(), query_bias=self.query_bias()).flatten(2)
+        return pooled_attention(q, k, v, a, agent_bias=self.agent_bias(), query_bias=self.query_bias()).flatten(2)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        size: Size,
+        key_size: Size,
+        context: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        prefix = self.num_prefix
+        out = self.attend(query, key, value, size, key_size, mask)
         if self.dwc is None:
             return out
         local = value[:, prefix:].transpose(1, 2).unflatten(2, key_size)

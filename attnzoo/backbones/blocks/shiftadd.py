@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from attnzoo.errors import check_choice, check_range
 
 COMPAT = ("default", "official")
 _LOG_EPS = torch.finfo(torch.float64).eps  # what the authors add before their logarithm
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Computing in x's own dtype, also under autocast; on the meta device, which has no autocast, nothing to do."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
@@ -215,7 +221,7 @@ class Gate(nn.Module):
         self.gate = nn.Linear(dim, num_experts, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             logits = self.gate(x.to(self.gate.weight.dtype))
         best, chosen = logits.topk(self.top_k, dim=-1)
         weights = torch.ones_like(best) if self.top_k == 1 else best.softmax(-1)

@@ -22,7 +22,7 @@ from timm.models.pvt_v2 import Attention as ReducedAttention
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.neighborhood import check_heads
-from attnzoo.backbones.blocks.shiftadd import COMPAT, straight_through
+from attnzoo.backbones.blocks.shiftadd import COMPAT, no_autocast, straight_through
 from attnzoo.errors import check_choice, check_range
 from attnzoo.kernels import linear_attention
 
@@ -75,7 +75,7 @@ class KernelHash(nn.Module):
         return torch.exp(-distance / (2 * distance.mean((-2, -1), keepdim=True)))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x = _wide(x)
             a, mvec, anchor = (t.to(x.dtype) for t in (self.A, self.mvec, self.anchor))
             y = (self._kernel(x, anchor) - mvec) @ a.mT
@@ -250,7 +250,7 @@ def biased_attention(qk: Tensor, v: Tensor, bias: float) -> Tensor:
     denominator, and in the numerator to a token's own value only.
     """
     qk, v = _wide(qk), _wide(v)
-    with torch.autocast(v.device.type, enabled=False):
+    with no_autocast(v):
         total = (qk * qk.sum(1, keepdim=True)).sum(-1, keepdim=True) + qk.shape[1] * bias
         return (linear_attention(qk, qk, v, scale=1.0) + bias * v) / total
 
@@ -283,7 +283,7 @@ class BinaryFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         over = (0, 1, 2, 3) if self.compat == "official" else (1, 2, 3)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x = _wide(x) * x.shape[-1] ** -0.25
             matrix = self.projection_matrix.to(x.dtype)
             logits = x @ matrix.mT

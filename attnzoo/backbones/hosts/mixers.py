@@ -22,7 +22,7 @@ from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.neighborhood import check_heads, unwrap_checkpoint
-from attnzoo.errors import check_choice
+from attnzoo.errors import UnsupportedError, check_choice
 
 Size = tuple[int, int]
 
@@ -81,6 +81,13 @@ class Mixer(nn.Module):
     def set_size(self, size: Size, key_size: Size) -> None:
         """Resample what is tied to a size."""
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, size: Size, key_size: Size, mask: Tensor | None = None
+    ) -> Tensor:
+        """The part of `forward` that is a weighted sum of the values with weights that sum to one, without local
+        convolutions; shapes as there. UnsupportedError for mixers whose weights are no such thing."""
+        raise UnsupportedError(f"{type(self).__name__} has no attention weights that sum to one")
+
     def heads(self, x: Tensor) -> Tensor:
         """[B, N, dim] -> [B, N, heads, head_dim]."""
         return x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -113,6 +120,11 @@ class SoftmaxMixer(Mixer):
         key_size: Size,
         context: Tensor,
         mask: Tensor | None = None,
+    ) -> Tensor:
+        return self.attend(query, key, value, size, key_size, mask)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, size: Size, key_size: Size, mask: Tensor | None = None
     ) -> Tensor:
         bias = None if self.rel_pos is None else self.rel_pos.get_bias()
         if mask is not None:

@@ -309,9 +309,10 @@ class _Call:
         if name in self._tables:
             return self._tables[name]
         heads = slice(unit.heads.start * self.repeats, unit.heads.stop * self.repeats)
-        taken = bias.flatten(1)[heads].to(self.dtype)
-        taken = (taken * _LOG2E if added else taken.exp())[:, None, cut.offset(unit.region)]
-        taken = torch.where(cut.allowed(unit.region), taken, -math.inf if added else 0.0)
+        by_offset, index = bias.flatten(1)[heads].to(self.dtype), cut.seen_offset(unit.region)
+        by_offset = by_offset * _LOG2E if added else by_offset.exp()
+        by_offset = torch.constant_pad_nd(by_offset, (0, 1), -math.inf if added else 0.0)
+        taken = by_offset.index_select(1, index.flatten()).view(-1, *index.shape)
         made = cut.spread(taken.unflatten(0, (-1, self.repeats)).movedim(1, -2).flatten(-2), unit.region)
         if sum(table.numel() for table in self._tables.values()) + made.numel() <= _BIAS:
             self._tables[name] = made
@@ -433,7 +434,9 @@ def _bounded(problem: Problem, bias: Tensor | None, unseen: tuple[Tensor, ...]) 
         return False
     if bias is None:
         return True
-    least, most = bias.masked_fill(bias == -math.inf, 0.0).aminmax()
+    least, most = bias.aminmax()
+    if float(least) == -math.inf:  # such keys are not seen; what matters is the others
+        least, most = bias.masked_fill(bias == -math.inf, 0.0).aminmax()
     return float(least) >= _BIASES[0] and float(most) <= _BIASES[1]
 
 
@@ -487,8 +490,9 @@ def forward(
         if bounded and not _bounded(problem, bias, () if closed else (value,)):
             continue
         call = _Call(problem, tile, separate=not bounded)
-        inputs, first = _Inputs(call, tensors), True
-        for unit in call.units():
+        inputs, units = _Inputs(call, tensors), list(call.units())
+        first = len(units) > 1  # what one unit tells early is what lse tells in the end
+        for unit in units:
             inputs.copy(unit)
             _unit_forward(inputs, unit, bounded, out, lse)
             if bounded and first and not _safe(call.scratch("total", *inputs.queries.shape[:-1]).log()):

@@ -458,7 +458,8 @@ class Plan:
 
     def spread(self, table: Tensor, region: Region) -> Tensor:
         """A table [..., products of samples, a, b] for every tile of a group, [..., tiles, a, b]."""
-        return table.index_select(-3, self.samples(region)[1])
+        index = self.samples(region)[1]
+        return table if table.shape[-3] == len(index) else table.index_select(-3, index)
 
     def kinds(self, region: Region) -> tuple:
         """What a region's tables depend on."""
@@ -479,13 +480,20 @@ class Plan:
         """
         if self.closed:
             return None
-        name = ("mask", self.kinds(region), repeats, added)
+
+        def make() -> Tensor:
+            allowed = self.allowed(region)
+            table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
+            return self.spread(table.repeat(1, 1, 1, repeats), region)
+
+        return self._keep(("mask", self.kinds(region), repeats, added), make)
+
+    def _keep(self, name: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """A table, kept from call to call while those of its sort (name[0]) hold at most _KEPT elements."""
         if name in self._kept:
             return self._kept[name]
-        allowed = self.allowed(region)
-        table = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf) if added else allowed.float()
-        made = self.spread(table.repeat(1, 1, 1, repeats), region)
-        if sum(mask.numel() for key, mask in self._kept.items() if key[0] == "mask") + made.numel() <= _KEPT:
+        made = make()
+        if sum(table.numel() for key, table in self._kept.items() if key[0] == name[0]) + made.numel() <= _KEPT:
             self._kept[name] = made
         return made
 
@@ -501,8 +509,21 @@ class Plan:
         return self._joined(what, region, join)
 
     def offset(self, region: Region) -> Tensor:
-        """[products of samples, keys, queries]: linear index into an offset bias."""
-        return self._index("offset", region, lambda tiles: 2 * tiles.axis.kernel_size - 1)[0]
+        """[products of samples, keys, queries]: linear index into an offset bias, int32, clamped where not seen."""
+
+        def make() -> Tensor:
+            return self._index("offset", region, lambda tiles: 2 * tiles.axis.kernel_size - 1)[0].int()
+
+        return self._keep(("offset", self.kinds(region)), make)
+
+    def seen_offset(self, region: Region) -> Tensor:
+        """[groups or 1, products of samples, keys, queries]: `offset`, one past a bias's end where not seen."""
+
+        def make() -> Tensor:
+            end = math.prod(2 * tiles.axis.kernel_size - 1 for tiles in self.axes)
+            return torch.where(self.allowed(region), self.offset(region), torch.tensor(end, dtype=torch.int32))
+
+        return self._keep(("seen offset", self.kinds(region)), make)
 
     def slot(self, region: Region) -> Tensor:
         """[groups or 1, tiles, keys, queries]: the window slot."""

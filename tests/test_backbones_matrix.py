@@ -159,6 +159,7 @@ def test_wrong_input_is_named(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles(name):
+    torch.compiler.reset()  # models share a forward, and dynamo counts recompilations by its code
     model, x = build(name), images(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(compiled(x), model(x), 1e-4)

@@ -179,7 +179,7 @@ class DependencyViT(StatefulViT):
             },
         )
 
-    def _start(self, x: Tensor) -> Messages:
+    def _start(self, x: Tensor, grid: tuple[int, int]) -> Messages:
         return Messages(x.new_ones(1, 1, 1, 1), None, x.shape[1])
 
     def _finish(self, x: Tensor, state: Messages) -> Tensor:
@@ -199,7 +199,7 @@ class DependencyViT(StatefulViT):
         """
         self._check_image(x)
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        state, masks = self._start(tokens), []
+        state, masks = self._start(tokens, self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))), []
         block: Any
         for block in self.blocks:
             masks.append(block.attn.dependencies(block.norm1(tokens), state.weight)[0].sum(1))

@@ -23,11 +23,11 @@ __all__ = ["StatefulViT"]
 class StatefulViT(VisionTransformer):
     """timm's VisionTransformer whose blocks take and return (tokens [B, N, dim], state).
 
-    Subclasses may change `_start` (the first block's state), `_finish` (the final norm) and `_place` (the tokens of a
-    level as [B, number of patches, dim], where some are gone).
+    Subclasses may change `_start` (the first block's state, from the tokens of a grid of patches), `_finish` (the final
+    norm) and `_place` (the tokens of a level as [B, number of patches, dim], where some are gone).
     """
 
-    def _start(self, x: Tensor) -> Any:
+    def _start(self, x: Tensor, grid: tuple[int, int]) -> Any:
         return None
 
     def _finish(self, x: Tensor, state: Any) -> Tensor:
@@ -50,8 +50,9 @@ class StatefulViT(VisionTransformer):
     def _walk(self, x: Tensor, count: int | None = None) -> Iterator[tuple[Tensor, Any, Any]]:
         """(tokens, state, the block's module) after each of the first `count` blocks, of images x."""
         self._check_image(x)
+        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        state = self._start(x)
+        state = self._start(x, grid)
         for block in self.blocks[:count]:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x, state = checkpoint(block, x, state)

@@ -12,6 +12,7 @@ and each letter stands for a name in MIXERS or for a callable `Site -> Mixer`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,8 +183,10 @@ def resample_map(table: Tensor, old: Size, new: Size, num_prefix: int = 0) -> Te
 
 
 def square_side(count: int) -> Size:
-    """(side, side) of a square map of `count` tokens."""
-    side = int(count**0.5)
+    """(side, side) of a square map of `count` tokens; ValueError where it is none."""
+    side = math.isqrt(max(count, 0))
+    if side * side != count:
+        raise ValueError(f"a position table of {count} tokens is of no square map, and the file does not say of which")
     return side, side
 
 

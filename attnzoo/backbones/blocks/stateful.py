@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor, nn
 
-from attnzoo.errors import UnsupportedError, check_choice, check_tensor
+from attnzoo.backbones.blocks.contract import check_images
+from attnzoo.backbones.blocks.neighborhood import unwrap_checkpoint
+from attnzoo.errors import UnsupportedError, check_choice
 
-__all__ = ["StatefulViT"]
+__all__ = ["StatefulViT", "build_stateful", "vit_checkpoint"]
 
 
 class StatefulViT(VisionTransformer):
@@ -37,9 +41,7 @@ class StatefulViT(VisionTransformer):
         return x[:, self.num_prefix_tokens :]
 
     def _check_image(self, x: Tensor) -> None:
-        check_tensor("x", x, ndim=4)
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
+        check_images(x, self.in_chans)
         size = self.patch_embed.img_size
         if not self.dynamic_img_size and size is not None and tuple(x.shape[2:]) != tuple(size):
             raise ValueError(
@@ -85,6 +87,7 @@ class StatefulViT(VisionTransformer):
         _refuse_masks(attn_mask, is_causal)
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)
+        self._check_image(x)
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         maps, prefixes = [], []
         tokens, state = x, None
@@ -104,6 +107,24 @@ class StatefulViT(VisionTransformer):
             return out
         levels: list[Any] = list(zip(maps, prefixes)) if with_prefix else maps
         return levels if intermediates_only else (self._finish(tokens, state), levels)
+
+
+def vit_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A checkpoint of a ViT's names for `model`: unwrapped, the position embedding resampled."""
+    return vit_filter_fn(unwrap_checkpoint(state_dict), model)  # type: ignore[arg-type]
+
+
+def build_stateful(cls: type, variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's build of `variant`, a StatefulViT."""
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=vit_checkpoint,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

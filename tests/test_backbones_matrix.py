@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import attnzoo  # noqa: F401  registers the names
 from attnzoo import catalog
+from attnzoo.errors import UnsupportedError
 
 NAMES = sorted(FAMILIES)
 
@@ -150,15 +153,40 @@ def test_round_trip(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_wrong_input_is_named(name):
-    model = build(name)
-    with pytest.raises((ValueError, RuntimeError), match="in_chans|channels"):
-        model(images(name)[:, :2])
+def test_wrong_images_are_named_and_change_nothing(name):
+    """Channels, rank, dtype, no pixels, no image; buffers (a norm's statistics) are as before, training too."""
+    model, x = build(name).train(), images(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for wrong, error, said in (
+        (x[:, :2], ValueError, "in_chans=3"),
+        (torch.cat([x, x], 1), ValueError, "in_chans=3"),
+        (x[0], ValueError, "x must have 4 dimensions"),
+        (x[:, :, :0], ValueError, "height, width"),
+        ((255 * x).to(torch.uint8), TypeError, "floating point"),
+        (None, TypeError, "x must be a tensor"),
+    ):
+        for call in (model, model.forward_intermediates):
+            with pytest.raises(error, match=said):
+                call(wrong)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tiny_image_is_taken_or_refused_by_size(name):
+    """3 x 5 pixels: finite logits, or an error that says which sizes work."""
+    model, x = build(name), images(name, 1, (3, 5))
+    try:
+        out = model(x)
+    except (ValueError, UnsupportedError) as error:
+        assert re.search("img_size|at least|multiples of|larger|too small", str(error)), str(error)
+    else:
+        assert out.shape == (1, 5) and out.isfinite().all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles(name):
+    torch.compiler.reset()  # models share a forward, and dynamo counts recompilations by its code
     model, x = build(name), images(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     close(compiled(x), model(x), 1e-4)

@@ -202,7 +202,7 @@ def test_dependency_blocks_know_no_order():
     x = noise(1, 3, 32, 32)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     tokens = plain._pos_embed(plain.patch_embed(x))
-    state, other = plain._start(tokens), plain._start(tokens)
+    state, other = plain._start(tokens, (4, 4)), plain._start(tokens, (4, 4))
     shuffled = tokens[:, order]
     for block in plain.blocks:  # nothing but the tokens themselves says where they are
         tokens, state = block(tokens, state)

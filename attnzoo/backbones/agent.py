@@ -19,15 +19,16 @@ Differences from the authors' code:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from torch import nn
 
 from attnzoo.backbones.blocks.agent import agent_mixer
 from attnzoo.backbones.hosts.cswin import CSwin
-from attnzoo.backbones.hosts.mixers import Size, host_checkpoint
+from attnzoo.backbones.hosts.mixers import Size, build_hosted, host_checkpoint
 from attnzoo.backbones.hosts.pvt import PVT, stage_digits
 from attnzoo.backbones.hosts.swin import Swin
 from attnzoo.backbones.hosts.vit import HostViT
@@ -203,19 +204,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(cls: type, variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    """Build `variant` of a host: the caller's arguments win."""
-    args = {**model_args, **kwargs}
-    depths = args.get("depths")
-    indices = min(3, args.get("depth", 12)) if depths is None else tuple(range(len(depths)))
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
-        **args,
-    )
+_create = partial(build_hosted, checkpoint_filter_fn)
 
 
 _DEIT_T = {"embed_dim": 192, "depth": 12, "num_heads": 3, "drop_path_rate": 0.0}

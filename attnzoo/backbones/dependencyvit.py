@@ -28,18 +28,18 @@ The host is timm's VisionTransformer without class token. Patches that are gone 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.neighborhood import check_heads, unwrap_checkpoint
-from attnzoo.backbones.blocks.stateful import StatefulViT
+from attnzoo.backbones.blocks.neighborhood import check_heads
+from attnzoo.backbones.blocks.stateful import StatefulViT, build_stateful, vit_checkpoint
 from attnzoo.errors import UnsupportedError, check_range
 
 __all__ = ["DependencyViT", "ReversedAttention", "checkpoint_filter_fn"]
@@ -179,7 +179,7 @@ class DependencyViT(StatefulViT):
             },
         )
 
-    def _start(self, x: Tensor) -> Messages:
+    def _start(self, x: Tensor, grid: tuple[int, int]) -> Messages:
         return Messages(x.new_ones(1, 1, 1, 1), None, x.shape[1])
 
     def _finish(self, x: Tensor, state: Messages) -> Tensor:
@@ -199,7 +199,7 @@ class DependencyViT(StatefulViT):
         """
         self._check_image(x)
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        state, masks = self._start(tokens), []
+        state, masks = self._start(tokens, self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))), []
         block: Any
         for block in self.blocks:
             masks.append(block.attn.dependencies(block.norm1(tokens), state.weight)[0].sum(1))
@@ -207,9 +207,7 @@ class DependencyViT(StatefulViT):
         return masks
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A checkpoint for `model`: unwrapped, the position embedding resampled."""
-    return vit_filter_fn(unwrap_checkpoint(state_dict), model)  # type: ignore[arg-type]
+checkpoint_filter_fn = vit_checkpoint
 
 
 def _cfg(notes: str, **kwargs: Any) -> dict[str, Any]:
@@ -242,16 +240,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> DependencyViT:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        DependencyViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **{"num_heads": 12, **kwargs},
-    )
+_create = partial(build_stateful, DependencyViT, num_heads=12)
 
 
 @register_model

@@ -22,6 +22,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import CheckedImages
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.neighborhood import init_weights, unwrap_checkpoint
 from attnzoo.errors import check_choice
@@ -37,7 +38,7 @@ class _FANSwinBlock(SwinTransformerBlock):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class FANSwin(SwinTransformer):
+class FANSwin(CheckedImages, SwinTransformer):
     """timm's SwinTransformer (all its arguments) with channel processing.
 
     mlp_type: per stage "FAN" (channel processing) or "Mlp".
@@ -64,17 +65,8 @@ class FANSwin(SwinTransformer):
                 ).apply(init_weights)
                 block.__class__ = _FANSwinBlock
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images -> normalised map [B, H, W, num_features]; ValueError for another size than the model's."""
-        self._check(x)
-        return super().forward_features(x)
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """timm's, with sizes checked by name first."""
-        self._check(x)
-        return super().forward_intermediates(x, *args, **kwargs)
-
-    def _check(self, x: Tensor) -> None:
+    def _check_image(self, x: Tensor) -> None:
+        super()._check_image(x)
         wanted: Any = self.patch_embed.img_size
         if not self.dynamic_img_size and tuple(x.shape[-2:]) != tuple(wanted):
             raise ValueError(

@@ -21,6 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from timm.models.maxxvit import MaxxVit, PartitionAttentionCl, checkpoint_filter_fn, model_cfgs
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import CheckedImages
 from attnzoo.kernels import neighborhood_attention
 
 __all__ = ["CellAttention", "MaxxVitCells", "checkpoint_filter_fn", "use_cell_attention"]
@@ -80,7 +81,7 @@ def use_cell_attention(model: nn.Module) -> int:
     return len(layers)
 
 
-class MaxxVitCells(MaxxVit):
+class MaxxVitCells(CheckedImages, MaxxVit):
     """timm's MaxxVit whose block and grid attention are `CellAttention`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

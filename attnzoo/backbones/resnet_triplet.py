@@ -26,13 +26,14 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from attnzoo.backbones.blocks.contract import CheckedImages
 from attnzoo.backbones.blocks.neighborhood import unwrap_checkpoint
 from attnzoo.backbones.blocks.triplet import TripletAttention
 
 __all__ = ["TripletResNet", "checkpoint_filter_fn"]
 
 
-class TripletResNet(ResNet):
+class TripletResNet(CheckedImages, ResNet):
     """timm's ResNet with `TripletAttention` in its blocks.
 
     Args:

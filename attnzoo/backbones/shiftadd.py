@@ -40,6 +40,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, pvt_v2, register_model
 from torch import nn
 
+from attnzoo.backbones.blocks.contract import CheckedImages
 from attnzoo.backbones.blocks.neighborhood import refuse_attn_drop, unwrap_checkpoint
 from attnzoo.backbones.blocks.shiftadd import COMPAT, Conv2dShift, Gate, LinearShift, MixtureLinear
 from attnzoo.backbones.blocks.shiftadd_attention import ATTENTIONS, FullAttention
@@ -48,7 +49,7 @@ from attnzoo.errors import check_choice, check_range
 __all__ = ["ShiftAddPVT", "checkpoint_filter_fn"]
 
 
-class ShiftAddPVT(pvt_v2.PyramidVisionTransformerV2):
+class ShiftAddPVT(CheckedImages, pvt_v2.PyramidVisionTransformerV2):
     """timm's PyramidVisionTransformerV2 (its arguments, `linear` aside) with ShiftAddViT's layers, and
 
     attn_type: see the module's text.

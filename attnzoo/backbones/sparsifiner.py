@@ -22,19 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.neighborhood import unwrap_checkpoint
 from attnzoo.backbones.blocks.sparse import SparseAttention, SparseDetails, SparseSettings, TokenMask
-from attnzoo.backbones.blocks.stateful import StatefulViT
+from attnzoo.backbones.blocks.stateful import StatefulViT, build_stateful, vit_checkpoint
 from attnzoo.errors import UnsupportedError, check_choice, check_range
 
 __all__ = ["Sparsifiner", "SparsifinerDetails", "checkpoint_filter_fn", "sparsifiner_loss", "teacher_outputs"]
@@ -302,9 +301,7 @@ def _mean(values: Any) -> Tensor:
     return torch.stack(list(values)).mean()
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The authors' checkpoint (or one of ours) for `model`: unwrapped, the position embedding resampled."""
-    return vit_filter_fn(unwrap_checkpoint(state_dict), model)  # type: ignore[arg-type]
+checkpoint_filter_fn = vit_checkpoint
 
 
 def _cfg(notes: str, **kwargs: Any) -> dict[str, Any]:
@@ -338,16 +335,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> Sparsifiner:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
-        Sparsifiner,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+_create = partial(build_stateful, Sparsifiner)
 
 
 @register_model

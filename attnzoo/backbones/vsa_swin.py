@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.vsa import VSAMixer, channels_first, fit_bias_tables
-from attnzoo.backbones.hosts.mixers import Size, host_checkpoint
+from attnzoo.backbones.hosts.mixers import Size, build_hosted, host_checkpoint
 from attnzoo.backbones.hosts.swin import Swin
 from attnzoo.errors import check_range
 
@@ -123,28 +123,18 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> VSASwin:
-    """Build `variant`: the caller's arguments win."""
-    args = {**model_args, **kwargs}
-    return build_model_with_cfg(
-        VSASwin,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
-        **args,
-    )
+_create = partial(build_hosted, checkpoint_filter_fn)
 
 
 @register_model
 def vsa_swin_tiny(pretrained: bool = False, **kwargs: Any) -> VSASwin:
     """Swin-T+VSA."""
     args = {"depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
-    return _create("vsa_swin_tiny", pretrained, args, kwargs)
+    return _create(VSASwin, "vsa_swin_tiny", pretrained, args, kwargs)
 
 
 @register_model
 def vsa_swin_small(pretrained: bool = False, **kwargs: Any) -> VSASwin:
     """Swin-S+VSA."""
     args = {"depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
-    return _create("vsa_swin_small", pretrained, args, kwargs)
+    return _create(VSASwin, "vsa_swin_small", pretrained, args, kwargs)

@@ -73,16 +73,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ReachError(f"checkpoint {str(path)!r} can't be read: {error.strerror or error}") from error
+    try:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    # A cut-off torch file may be an OSError as well: a place in it is sought that it doesn't have.
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ValueError(
             f"checkpoint {str(path)!r} is neither safetensors nor a torch file of plain tensors: {lines[0][:200]}"
         ) from error
-    except OSError as error:
-        raise ReachError(f"checkpoint {str(path)!r} can't be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {str(path)!r} must hold a dict of tensors, got {type(content).__name__}")
     return content
@@ -111,8 +115,11 @@ def fit_state(state: dict[str, Tensor], model: nn.Module, what: str) -> tuple[di
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         fitted = dict(state) if filter_fn is None else dict(filter_fn(dict(state), model))
-    except (KeyError, RuntimeError, AttributeError, IndexError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{what} does not fit {name_of_model}: {type(error).__name__}: {error}") from error
+    if spoilt := [name for name, value in fitted.items() if value.is_floating_point() and value.isnan().any()]:
+        more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
+        raise ValueError(f"{what} holds NaN in {', '.join(spoilt[:3])}{more}: its training has diverged")
     own = model.state_dict()
     wrong = [
         f"{name} is {tuple(fitted[name].shape)} and must be {tuple(value.shape)}"

@@ -69,6 +69,8 @@ def check_number(name: str, value: Any, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or None, got {type(value).__name__}: {value!r}")
+    if torch.compiler.is_compiling():  # perhaps a symbol, made of a size: no question can be asked of it
+        return value
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)

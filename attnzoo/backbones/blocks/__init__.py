@@ -1,5 +1,6 @@
 """Attention layers and blocks as nn.Modules, for building models of one's own."""
 
+from attnzoo.backbones.blocks.aggregation import QueryAggregation, attach_aggregation
 from attnzoo.backbones.blocks.attn_layer import as_attn_layer
 from attnzoo.backbones.blocks.broadcasting import BroadcastingMlp, ContextBroadcasting
 from attnzoo.backbones.blocks.care import CAREBlock, CARETokenMixer
@@ -7,6 +8,8 @@ from attnzoo.backbones.blocks.efficient import EfficientAttention, EfficientToke
 from attnzoo.backbones.blocks.flare import FlareAttention, FlareBlock, FlareModel
 from attnzoo.backbones.blocks.flow import FlowAttention, FlowSelfAttention
 from attnzoo.backbones.blocks.insertion import BLOCKS, Insertion, insert
+from attnzoo.backbones.blocks.large_kernel import LargeKernelConvAttention, LargeKernelConvBlock
+from attnzoo.backbones.blocks.lookup import BidirectionalCrossAttention, LookupBlock, LookupViT
 from attnzoo.backbones.blocks.msa_conv import MSAConv2d, window_attention
 from attnzoo.backbones.blocks.neighborhood import NeighborhoodAttention2D, NeighborhoodBlock
 from attnzoo.backbones.blocks.polarized import PolarizedParallel, PolarizedSequential
@@ -19,12 +22,13 @@ from attnzoo.backbones.blocks.sigmoid import (
     sigmoid_block,
 )
 from attnzoo.backbones.blocks.sparse import MaskPredictor, SparseAttention, SparseSettings
-from attnzoo.backbones.blocks.subsampled import SubsampledAttention
+from attnzoo.backbones.blocks.subsampled import LocallySubsampledAttention, SubsampledAttention, local_shuffle
 from attnzoo.backbones.blocks.triplet import TripletAttention
 from attnzoo.backbones.blocks.ulsam import ULSAM
 
 __all__ = [
     "BLOCKS",
+    "BidirectionalCrossAttention",
     "BroadcastingMlp",
     "CAREBlock",
     "CARETokenMixer",
@@ -38,6 +42,11 @@ __all__ = [
     "FlowAttention",
     "FlowSelfAttention",
     "Insertion",
+    "LargeKernelConvAttention",
+    "LargeKernelConvBlock",
+    "LocallySubsampledAttention",
+    "LookupBlock",
+    "LookupViT",
     "MSAConv2d",
     "MaskPredictor",
     "NeighborhoodAttention2D",
@@ -45,6 +54,7 @@ __all__ = [
     "PolarizedParallel",
     "PolarizedSequential",
     "Probe",
+    "QueryAggregation",
     "RootMeanSquareNorm",
     "SigmoidAttention",
     "SigmoidCrossAttention",
@@ -55,8 +65,10 @@ __all__ = [
     "TripletAttention",
     "ULSAM",
     "as_attn_layer",
+    "attach_aggregation",
     "attach_probe",
     "insert",
+    "local_shuffle",
     "probe_head",
     "sigmoid_attention",
     "sigmoid_block",

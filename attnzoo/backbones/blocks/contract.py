@@ -18,7 +18,35 @@ from torch import Tensor, nn
 from attnzoo.backbones.blocks.neighborhood import init_weights
 from attnzoo.errors import check_choice, check_range, check_tensor
 
-__all__ = ["LeveledModel", "TimmHead", "intermediate"]
+__all__ = ["CheckedImages", "LeveledModel", "TimmHead", "check_images", "intermediate"]
+
+
+def check_images(x: Any, in_chans: int) -> None:
+    """Raise TypeError or ValueError unless x is a floating-point [batch, in_chans, height, width] with pixels in it."""
+    check_tensor("x", x, ndim=4)
+    if x.shape[1] != in_chans or not x.shape[2] or not x.shape[3]:
+        raise ValueError(f"x must be [batch, in_chans={in_chans}, height, width], got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}: scale and normalise the pixels first")
+
+
+class CheckedImages:
+    """Put before a timm model among the bases: its images are checked by name before anything runs."""
+
+    in_chans: int
+
+    def _check_image(self, x: Tensor) -> None:
+        check_images(x, self.in_chans)
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's."""
+        self._check_image(x)
+        return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """timm's."""
+        self._check_image(x)
+        return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
 
 
 class TimmHead(nn.Module, ABC):
@@ -74,9 +102,7 @@ class TimmHead(nn.Module, ABC):
         setattr(self, self.head_name, head.train(self.training))
 
     def _check_image(self, x: Tensor) -> None:
-        check_tensor("x", x, ndim=4)
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
+        check_images(x, self.in_chans)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The map of `forward_features` -> logits [B, num_classes]; with pre_logits the pooled features.

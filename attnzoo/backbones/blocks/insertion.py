@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.efficient import EfficientAttention
+from attnzoo.backbones.blocks.large_kernel import LargeKernelConvBlock
 from attnzoo.backbones.blocks.msa_conv import MSAConv2d
 from attnzoo.backbones.blocks.polarized import PolarizedParallel, PolarizedSequential
 from attnzoo.backbones.blocks.triplet import TripletAttention
@@ -33,6 +34,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
     "polarized_sequential": PolarizedSequential,
     "efficient": EfficientAttention,
     "msa_conv": MSAConv2d,
+    "lkca": LargeKernelConvBlock,
 }
 
 
@@ -97,7 +99,7 @@ def insert(
 
     model: a timm model: a CNN, a pyramid, or a ViT on images of its own size (tokens are seen as a map, class and
         register tokens passed by).
-    block: "triplet", "ulsam", "polarized", "polarized_sequential", "efficient" or "msa_conv".
+    block: "triplet", "ulsam", "polarized", "polarized_sequential", "efficient", "msa_conv" or "lkca".
     where: "stages" after each level of `model.feature_info` (a stem that is a lone layer left out; a ViT's levels are
         its blocks); "residual" inside each residual block of a ResNet-like model, before the addition, in timm's slot
         for such layers; level numbers; or module names, with wildcards within a part ("layer[34].*").

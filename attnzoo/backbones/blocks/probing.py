@@ -128,10 +128,10 @@ def probe_head(dim: int, num_classes: int, pooling: str = "efficient", **kwargs:
 
 
 class Probe(nn.Module):
-    """A frozen timm model under a head that learns: what `attach_probe` returns.
+    """A frozen timm model under a head that learns: what `attach_probe` and `attach_aggregation` return.
 
     `model` is the frozen model (always in eval mode, never with a gradient), `head` what learns; save
-    `probe.head.state_dict()`. forward: images -> logits; `tokens(images)`: what the head reads, [B, N, dim].
+    `probe.head.state_dict()`. forward: images -> the head's output; `tokens(images)`: what the head reads, [B, N, dim].
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, prefix_tokens: bool) -> None:
@@ -156,7 +156,7 @@ class Probe(nn.Module):
         return out if self.prefix_tokens else out[:, getattr(self.model, "num_prefix_tokens", 0) :]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> logits [B, num_classes]."""
+        """Images [B, in_chans, H, W] -> the head's output: logits [B, num_classes], or descriptors."""
         return self.head(self.tokens(x))
 
 
@@ -171,13 +171,13 @@ def attach_probe(
 
     Only `probe.head` has parameters that learn: `optimizer = AdamW(probe.head.parameters())`.
     """
+    width, options = frozen_host(model)
+    return Probe(model, probe_head(width, num_classes, pooling, **{**options, **kwargs}), prefix_tokens)
+
+
+def frozen_host(model: nn.Module) -> tuple[int, dict[str, Any]]:
+    """(width of the tokens of `model`, its device and dtype as keyword arguments); TypeError if it gives no tokens."""
     if not hasattr(model, "forward_features") or not hasattr(model, "num_features"):
         raise TypeError(f"model must be a timm classifier (forward_features, num_features), got {type(model).__name__}")
     like = next(model.parameters())
-    head = probe_head(
-        int(model.num_features),  # type: ignore[arg-type]
-        num_classes,
-        pooling,
-        **{"device": like.device, "dtype": like.dtype, **kwargs},
-    )
-    return Probe(model, head, prefix_tokens)
+    return int(model.num_features), {"device": like.device, "dtype": like.dtype}  # type: ignore[arg-type]

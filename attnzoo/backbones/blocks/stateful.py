@@ -10,24 +10,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor, nn
 
-from attnzoo.errors import UnsupportedError, check_choice, check_tensor
+from attnzoo.backbones.blocks.contract import check_images
+from attnzoo.backbones.blocks.neighborhood import unwrap_checkpoint
+from attnzoo.errors import UnsupportedError, check_choice
 
-__all__ = ["StatefulViT"]
+__all__ = ["StatefulViT", "build_stateful", "vit_checkpoint"]
 
 
 class StatefulViT(VisionTransformer):
     """timm's VisionTransformer whose blocks take and return (tokens [B, N, dim], state).
 
-    Subclasses may change `_start` (the first block's state), `_finish` (the final norm) and `_place` (the tokens of a
-    level as [B, number of patches, dim], where some are gone).
+    Subclasses may change `_start` (the first block's state, from the tokens of a grid of patches), `_finish` (the final
+    norm) and `_place` (the tokens of a level as [B, number of patches, dim], where some are gone).
     """
 
-    def _start(self, x: Tensor) -> Any:
+    def _start(self, x: Tensor, grid: tuple[int, int]) -> Any:
         return None
 
     def _finish(self, x: Tensor, state: Any) -> Tensor:
@@ -37,9 +41,7 @@ class StatefulViT(VisionTransformer):
         return x[:, self.num_prefix_tokens :]
 
     def _check_image(self, x: Tensor) -> None:
-        check_tensor("x", x, ndim=4)
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
+        check_images(x, self.in_chans)
         size = self.patch_embed.img_size
         if not self.dynamic_img_size and size is not None and tuple(x.shape[2:]) != tuple(size):
             raise ValueError(
@@ -50,8 +52,9 @@ class StatefulViT(VisionTransformer):
     def _walk(self, x: Tensor, count: int | None = None) -> Iterator[tuple[Tensor, Any, Any]]:
         """(tokens, state, the block's module) after each of the first `count` blocks, of images x."""
         self._check_image(x)
+        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        state = self._start(x)
+        state = self._start(x, grid)
         for block in self.blocks[:count]:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x, state = checkpoint(block, x, state)
@@ -84,6 +87,7 @@ class StatefulViT(VisionTransformer):
         _refuse_masks(attn_mask, is_causal)
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)
+        self._check_image(x)
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         maps, prefixes = [], []
         tokens, state = x, None
@@ -103,6 +107,24 @@ class StatefulViT(VisionTransformer):
             return out
         levels: list[Any] = list(zip(maps, prefixes)) if with_prefix else maps
         return levels if intermediates_only else (self._finish(tokens, state), levels)
+
+
+def vit_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A checkpoint of a ViT's names for `model`: unwrapped, the position embedding resampled."""
+    return vit_filter_fn(unwrap_checkpoint(state_dict), model)  # type: ignore[arg-type]
+
+
+def build_stateful(cls: type, variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's build of `variant`, a StatefulViT."""
+    out_indices = kwargs.pop("out_indices", 3)
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=vit_checkpoint,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
 
 
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

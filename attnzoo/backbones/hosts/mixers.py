@@ -12,6 +12,7 @@ and each letter stands for a name in MIXERS or for a callable `Site -> Mixer`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.neighborhood import check_heads, unwrap_checkpoint
@@ -194,9 +196,33 @@ def resample_map(table: Tensor, old: Size, new: Size, num_prefix: int = 0) -> Te
 
 
 def square_side(count: int) -> Size:
-    """(side, side) of a square map of `count` tokens."""
-    side = int(count**0.5)
+    """(side, side) of a square map of `count` tokens; ValueError where it is none."""
+    side = math.isqrt(max(count, 0))
+    if side * side != count:
+        raise ValueError(f"a position table of {count} tokens is of no square map, and the file does not say of which")
     return side, side
+
+
+def build_hosted(
+    filter_fn: Callable[..., Any],
+    cls: type,
+    variant: str,
+    pretrained: bool,
+    model_args: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """timm's build of `variant` of a host; the caller's kwargs win over the variant's model_args."""
+    args = {**model_args, **kwargs}
+    depths = args.get("depths")
+    indices = min(3, args.get("depth", 12)) if depths is None else tuple(range(len(depths)))
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        **args,
+    )
 
 
 def host_checkpoint(

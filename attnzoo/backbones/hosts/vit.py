@@ -11,9 +11,10 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import check_images
 from attnzoo.backbones.blocks.neighborhood import refuse_attn_drop
 from attnzoo.backbones.hosts.mixers import Factory, Mixer, Site, Size, attn_schedule, make_mixer
-from attnzoo.errors import UnsupportedError, check_tensor
+from attnzoo.errors import UnsupportedError
 
 
 class TokenAttention(nn.Module):
@@ -128,10 +129,8 @@ class HostViT(VisionTransformer):
                 block.attn.set_size(self.patch_embed.grid_size)
 
     def _check_image(self, x: Tensor) -> None:
-        check_tensor("x", x, 4)
+        check_images(x, self.in_chans)
         height, width = self.patch_embed.img_size
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
         if tuple(x.shape[2:]) != (height, width):
             raise ValueError(
                 f"x must be of img_size {height} x {width}, got {x.shape[2]} x {x.shape[3]}: resize the images, "

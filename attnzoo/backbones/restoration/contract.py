@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from attnzoo.errors import check_tensor
+from attnzoo.backbones.blocks.contract import check_images
 
 
 class Restorer(nn.Module, ABC):
@@ -45,9 +45,7 @@ class Restorer(nn.Module, ABC):
         return set()
 
     def _check_image(self, x: Tensor) -> None:
-        check_tensor("x", x, ndim=4)
-        if x.shape[1] != self.in_chans or not x.shape[2] or not x.shape[3]:
-            raise ValueError(f"x must be [batch, in_chans={self.in_chans}, height, width], got {tuple(x.shape)}")
+        check_images(x, self.in_chans)
 
 
 def pad_reflect(x: Tensor, multiple: int) -> Tensor:

@@ -31,6 +31,7 @@ from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversific
 from attnzoo.backbones.care import CARETransformer
 from attnzoo.backbones.dependencyvit import DependencyViT
 from attnzoo.backbones.detection import detector
+from attnzoo.backbones.detection_metrics import CocoFolder, detection_metrics, evaluate_detector
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.fan import FAN
 from attnzoo.backbones.fan_swin import FANSwin
@@ -64,6 +65,7 @@ __all__ = [
     "CARETokenMixer",
     "CARETransformer",
     "ChannelProcessing",
+    "CocoFolder",
     "CosineAttention",
     "DependencyViT",
     "DiNAT",
@@ -107,7 +109,9 @@ __all__ = [
     "attention_saliency",
     "classify",
     "convert",
+    "detection_metrics",
     "detector",
+    "evaluate_detector",
     "feature_norms",
     "load_model",
     "load_official_shvit",

@@ -1,4 +1,5 @@
-"""Vision backbones as timm models: importing this registers their names with timm and does nothing else.
+"""Vision backbones as timm models: importing this registers their names with timm, and with open_clip where that is
+imported (see `clip_configs`), and does nothing else.
 
     import attnzoo, timm
     model = timm.create_model("dinat_tiny")
@@ -29,6 +30,7 @@ from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAtten
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
 from attnzoo.backbones.care import CARETransformer
+from attnzoo.backbones.clip_configs import _when_imported, register_open_clip
 from attnzoo.backbones.dependencyvit import DependencyViT
 from attnzoo.backbones.detection import detector
 from attnzoo.backbones.detection_metrics import CocoFolder, detection_metrics, evaluate_detector
@@ -118,8 +120,11 @@ __all__ = [
     "load_published",
     "moh_dit",
     "preprocess",
+    "register_open_clip",
     "restoration",
     "sigmoid_attention",
     "sigmoid_block",
     "use_cell_attention",
 ]
+
+_when_imported()

@@ -22,6 +22,7 @@ from attnzoo.errors import ReachError, check_range
 __all__ = ["CocoFolder", "detection_metrics", "evaluate_detector"]
 
 _FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
+_TRUTH = ("boxes", "labels", "iscrowd", "area")
 
 
 def detection_metrics(
@@ -53,9 +54,8 @@ def detection_metrics(
         for i, one in enumerate(rows):
             if missing := wanted - set(one):
                 raise ValueError(f"{name}[{i}] must have {sorted(wanted)}, got no {sorted(missing)}")
-    truth = [{key: one[key].cpu() for key in ("boxes", "labels", "iscrowd", "area") if key in one} for one in targets]
-    said = [{key: one[key].detach().float().cpu() for key in ("boxes", "scores")} for one in found]
-    said = [{**one, "labels": given["labels"].cpu()} for one, given in zip(said, found)]
+    truth: list[dict[str, Tensor]] = [{key: one[key].cpu() for key in _TRUTH if key in one} for one in targets]
+    said = [{key: one[key].detach().cpu() for key in ("boxes", "scores", "labels")} for one in found]
     # The classes' figures are means over the IoUs asked for: a second metric is how torchmetrics gives those at 0.5.
     whole = MeanAveragePrecision(backend="pycocotools", class_metrics=True)
     loose = MeanAveragePrecision(backend="pycocotools", class_metrics=True, iou_thresholds=[0.5])
@@ -64,17 +64,21 @@ def detection_metrics(
         metric.update(said, truth)
     figures, at_50 = whole.compute(), loose.compute()
     here = set(torch.cat([one["labels"] for one in truth]).tolist())
-    names = class_names if class_names is not None else {}
-    per_class = {}
-    for label, value, value_50 in zip(*(x.reshape(-1).tolist() for x in _classes(figures, at_50)), strict=True):
-        if label in here:
-            name = names[label] if class_names is not None else label
-            per_class[name] = {"map": value, "map_50": value_50}
+    names = _names(here, class_names)
+    columns = (figures["classes"], figures["map_per_class"], at_50["map_per_class"])
+    table = zip(*(column.reshape(-1).tolist() for column in columns), strict=True)
+    per_class = {names[label]: {"map": mean, "map_50": loosely} for label, mean, loosely in table if label in here}
     return {key: float(figures[key]) for key in _FIGURES} | {"per_class": per_class}
 
 
-def _classes(figures: dict[str, Tensor], at_50: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return figures["classes"], figures["map_per_class"], at_50["map_per_class"]
+def _names(labels: set[int], class_names: Sequence[str] | dict[int, str] | None) -> dict[int, Any]:
+    """Label -> name; ValueError for a label without one."""
+    if class_names is None:
+        return {label: label for label in labels}
+    known = class_names if isinstance(class_names, dict) else dict(enumerate(class_names))
+    if unnamed := labels - set(known):
+        raise ValueError(f"class_names must name every label of the targets, got none for {sorted(unnamed)}")
+    return {label: known[label] for label in labels}
 
 
 @torch.inference_mode()

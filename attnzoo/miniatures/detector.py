@@ -109,7 +109,8 @@ def detect(images: Sequence[Any], threshold: float = 0.5, model: Any = None) -> 
     """For each image what is in it: (class name, score, (x1, y1, x2, y2) in its pixels), likeliest first.
 
     images: paths, PIL images or uint8 arrays, 64 to 1333 pixels a side. threshold: the least score. model: the
-    detector, already loaded. Raises ReachError for a path that is no picture, ValueError for a threshold outside 0..1 or a size.
+    detector, already loaded.
+    Raises ReachError for a path that is no picture, ValueError for a threshold outside 0..1 or another size.
     """
     check_range("threshold", threshold, 0, 1)
     model = load() if model is None else model

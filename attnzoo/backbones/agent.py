@@ -26,6 +26,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from attnzoo.backbones.blocks.agent import agent_mixer
+from attnzoo.backbones.blocks.contract import StageFeatures
 from attnzoo.backbones.hosts.cswin import CSwin
 from attnzoo.backbones.hosts.mixers import Size, host_checkpoint
 from attnzoo.backbones.hosts.pvt import PVT, stage_digits
@@ -213,7 +214,7 @@ def _create(cls: type, variant: str, pretrained: bool, model_args: dict[str, Any
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": indices, "feature_cls": StageFeatures if depths is not None else "getter"},
         **args,
     )
 

@@ -26,6 +26,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from attnzoo.backbones.blocks.contract import StageFeatures
 from attnzoo.backbones.blocks.inline import inline_mixer
 from attnzoo.backbones.hosts.cswin import CSwin
 from attnzoo.backbones.hosts.mixers import Size, host_checkpoint
@@ -195,7 +196,7 @@ def _create(cls: type, variant: str, pretrained: bool, model_args: dict[str, Any
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": indices, "feature_cls": StageFeatures if depths is not None else "getter"},
         **args,
     )
 

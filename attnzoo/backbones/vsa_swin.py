@@ -19,6 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import StageFeatures
 from attnzoo.backbones.blocks.vsa import VSAMixer, channels_first, fit_bias_tables
 from attnzoo.backbones.hosts.mixers import Size, host_checkpoint
 from attnzoo.backbones.hosts.swin import Swin
@@ -131,7 +132,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

@@ -223,7 +223,8 @@ _SMALL = {**_TINY, "num_heads": (3, 6, 12, 24), "embed_dim": 96, "mlp_ratio": 2.
 _BASE = {**_SMALL, "num_heads": (4, 8, 16, 32), "embed_dim": 128, "drop_path_rate": 0.5, "layer_scale": 1e-5}
 _LARGE = {**_SMALL, "num_heads": (6, 12, 24, 48), "embed_dim": 192, "drop_path_rate": 0.35}
 _LARGE_21K = {**_LARGE, "drop_path_rate": 0.2}
-_WORLD = {"depths": (2, 2, 2), "num_heads": (2, 4, 8), "embed_dim": 24, "mlp_ratio": 2.0, "kernel_size": 3}
+_WORLD = {"depths": (2, 2, 2), "num_heads": (2, 4, 8), "embed_dim": 24, "mlp_ratio": 2.0, "drop_path_rate": 0.0}
+_WORLD |= {"kernel_size": 3}
 _AT_224 = (8, 4, 2, 1)
 _AT_384 = (13, 6, 3, 1)
 

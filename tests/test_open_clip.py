@@ -212,6 +212,7 @@ def test_zero_shot_runs_on_the_worlds_names():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three minutes of one free core
 def test_a_trained_clip_names_objects_zero_shot():
     """Four of the 24 classes are never shown: their colours and shapes are known, their pairs are not."""
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -57,8 +58,11 @@ def detection_metrics(
     truth: list[dict[str, Tensor]] = [{key: one[key].cpu() for key in _TRUTH if key in one} for one in targets]
     said = [{key: one[key].detach().cpu() for key in ("boxes", "scores", "labels")} for one in found]
     # The classes' figures are means over the IoUs asked for: a second metric is how torchmetrics gives those at 0.5.
-    whole = MeanAveragePrecision(backend="pycocotools", class_metrics=True)
-    loose = MeanAveragePrecision(backend="pycocotools", class_metrics=True, iou_thresholds=[0.5])
+    # COCO's thresholds are float64; torchmetrics' own are float32, and recalls of exactly 0.2 fall on their other side.
+    options: dict[str, Any] = {"backend": "pycocotools", "class_metrics": True}
+    options["rec_thresholds"] = np.linspace(0.0, 1.0, 101).tolist()
+    whole = MeanAveragePrecision(iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(), **options)
+    loose = MeanAveragePrecision(iou_thresholds=[0.5], **options)
     for metric in (whole, loose):
         metric.warn_on_many_detections = False
         metric.update(said, truth)

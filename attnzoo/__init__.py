@@ -1,6 +1,7 @@
 """attnzoo: attention methods as timm models, diffusers switches and transformers edits.
 
-Importing registers the backbones' names with timm, where timm is installed, and does nothing else;
+Importing registers the backbones' names with timm, where timm is installed, and those of CLIP models with open_clip,
+if and when open_clip is imported; it does nothing else.
 `attnzoo.generators` and `attnzoo.vlm` load when first used.
 """
 

@@ -58,6 +58,8 @@ _EXTRAS = {
     "gradio": "demo",
     "matplotlib": "demo",
     "sklearn": "demo",
+    "torchmetrics": "train",
+    "pycocotools": "train",
 }
 
 
@@ -319,7 +321,7 @@ def bench_plan(
 
 @train_app.command("miniature")
 def train_miniature(
-    name: Annotated[str, typer.Argument(help="llava, dinat_world, dinat_digits or generator.")],
+    name: Annotated[str, typer.Argument(help="llava, dinat_world, dinat_digits, detector or generator.")],
     out: Annotated[Path, typer.Option(help="Folder for the weights and the model card.")] = Path("outputs/train"),
     seed: Annotated[int, typer.Option(help="Seed of weights, data and order.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -23,8 +23,9 @@ KINDS = ("detr", "rt_detr")
 def build(backbone: str = "dinat_mini", kind: str = "detr", num_labels: int = 3, **sizes: Any) -> torch.nn.Module:
     """A small detector with random weights. sizes: further fields of DetrConfig or RTDetrConfig.
 
-    The backbone goes in as a TimmBackboneConfig: the short form (`use_timm_backbone=True, backbone=...`) asks for
-    levels 1 to 4, which a model of four stages does not have, and for any others it asks the hub first.
+    The backbone goes in as a TimmBackboneConfig. The short form, `backbone="dinat_tiny", use_timm_backbone=True`, works
+    for DetrConfig as it stands; with RTDetrConfig, or with `backbone_kwargs`, transformers first asks the hub for a
+    repository of that name. DETR takes images of any size, RT-DETR (on any backbone) sides that are multiples of 32.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -55,6 +55,34 @@ def test_sizes_from_64_to_1333():
             assert model([torch.rand(3, *size)])[0]["boxes"].shape[1] == 4
 
 
+@pytest.mark.parametrize("kind", ["faster_rcnn", "retinanet"])
+def test_a_batch_of_mixed_sizes_from_64_to_1333(kind):
+    """Odd, wide, high and square in one batch, the longest side unresized: trains, and each image has its own frame."""
+    options = {**(SMALL if kind == "faster_rcnn" else RETINA), "min_size": 200, "max_size": 1333}
+    model = build(kind, detector_kwargs=options)
+    images, targets = scene((1333, 64), (65, 333), (201, 201))
+    for target in targets:
+        target["boxes"] = target["boxes"].clamp(max=60)
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        found = model.eval()(images)
+    for image, one in zip(images, found, strict=True):
+        boxes = one["boxes"]
+        assert (boxes >= 0).all() and (boxes[:, 2] <= image.shape[2]).all() and (boxes[:, 3] <= image.shape[1]).all()
+
+
+def test_a_head_of_ones_own_sets_the_classes():
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+    own = {"box_head": TwoMLPHead(16 * 49, 32), "box_predictor": FastRCNNPredictor(32, 6)}
+    model = build(detector_kwargs={**SMALL, **own}).train()
+    images, targets = scene((64, 96))
+    assert model.roi_heads.box_predictor.cls_score.out_features == 6
+    sum(model(images, targets).values()).backward()
+
+
 def test_published_names_take_their_own_mean_and_anchors():
     model = detector("dinat_mini", "retinanet", 4)
     assert model.transform.image_mean == pytest.approx([0.485, 0.456, 0.406])

@@ -1,4 +1,5 @@
-"""Vision backbones as timm models: importing this registers their names with timm and does nothing else.
+"""Vision backbones as timm models: importing this registers their names with timm, and with open_clip where that is
+imported (see `clip_configs`), and does nothing else.
 
     import attnzoo, timm
     model = timm.create_model("dinat_tiny")
@@ -31,9 +32,11 @@ from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAtten
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.tap import TokenAwarePooling, attention_diversification_loss
 from attnzoo.backbones.care import CARETransformer
+from attnzoo.backbones.clip_configs import _when_imported, register_open_clip
 from attnzoo.backbones.complexity import Complexity, complexity
 from attnzoo.backbones.dependencyvit import DependencyViT
 from attnzoo.backbones.detection import detector
+from attnzoo.backbones.detection_metrics import CocoFolder, detection_metrics, evaluate_detector
 from attnzoo.backbones.dinat_s import DiNAT_s
 from attnzoo.backbones.fan import FAN
 from attnzoo.backbones.fan_swin import FANSwin
@@ -69,6 +72,7 @@ __all__ = [
     "CARETransformer",
     "ChannelProcessing",
     "Complexity",
+    "CocoFolder",
     "CosineAttention",
     "DependencyViT",
     "DiNAT",
@@ -116,16 +120,21 @@ __all__ = [
     "classify",
     "complexity",
     "convert",
+    "detection_metrics",
     "detector",
+    "evaluate_detector",
     "feature_norms",
     "load_model",
     "load_official_shvit",
     "load_published",
     "moh_dit",
     "preprocess",
+    "register_open_clip",
     "restoration",
     "rollout",
     "sigmoid_attention",
     "sigmoid_block",
     "use_cell_attention",
 ]
+
+_when_imported()

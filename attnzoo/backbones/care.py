@@ -37,7 +37,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.care import CAREBlock
-from attnzoo.backbones.blocks.contract import LeveledModel
+from attnzoo.backbones.blocks.contract import LeveledModel, StageFeatures
 from attnzoo.backbones.blocks.neighborhood import drop_path_rates, init_weights, unwrap_checkpoint
 from attnzoo.errors import check_range
 
@@ -271,7 +271,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

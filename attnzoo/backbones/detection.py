@@ -70,7 +70,8 @@ def detector(
         pyramid_channels: channels of the feature pyramid.
         out_indices: levels of the backbone; None for all (RetinaNet: those from stride 8 on). Each must halve the one
             before it.
-        detector_kwargs: further arguments of torchvision's class: min_size (800), max_size (1333), ...
+        detector_kwargs: further arguments of torchvision's class: min_size (800), max_size (1333), anchors, ...;
+            a `box_predictor` of one's own sets the number of classes itself.
         backbone_kwargs: further arguments of timm.create_model.
 
     Returns torchvision's FasterRCNN or RetinaNet: images are a list of float tensors [3, H, W] in 0 .. 1, H and W from
@@ -117,7 +118,10 @@ def detector(
             "rpn_anchor_generator": AnchorGenerator(sizes, (_RATIOS,) * len(sizes)),
             "box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
         }
-        model = FasterRCNN(body, num_classes, **{**parts, **options})
+        classes = (
+            None if options.get("box_predictor") is not None else num_classes
+        )  # torchvision takes one or the other
+        model = FasterRCNN(body, classes, **{**parts, **options})
     else:
         body = PyramidBackbone(features, pyramid_channels, LastLevelP6P7(pyramid_channels, pyramid_channels))
         levels = (*strides, 2 * strides[-1], 4 * strides[-1])

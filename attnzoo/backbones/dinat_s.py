@@ -18,6 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from attnzoo.backbones.blocks.contract import StageFeatures
 from attnzoo.backbones.blocks.neighborhood import adapt_checkpoint
 from attnzoo.backbones.blocks.staged import NeighborhoodTransformer, PatchEmbed, PatchMerging, alternating
 from attnzoo.errors import check_range
@@ -131,7 +132,7 @@ def _create(
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

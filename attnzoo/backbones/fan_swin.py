@@ -22,7 +22,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import checkpoint_filter_fn as swin_filter_fn
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.contract import CheckedImages
+from attnzoo.backbones.blocks.contract import CheckedImages, StageFeatures
 from attnzoo.backbones.blocks.fan import ChannelProcessing
 from attnzoo.backbones.blocks.neighborhood import init_weights, unwrap_checkpoint
 from attnzoo.errors import check_choice
@@ -118,7 +118,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> FANSwin:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(len(args["depths"])))},
+        feature_cfg={"feature_cls": StageFeatures, "out_indices": tuple(range(len(args["depths"])))},
         **args,
     )
 

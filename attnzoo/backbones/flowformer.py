@@ -29,7 +29,7 @@ from timm.layers import DropPath, Mlp, resample_abs_pos_embed, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.contract import LeveledModel
+from attnzoo.backbones.blocks.contract import LeveledModel, StageFeatures
 from attnzoo.backbones.blocks.flow import FlowSelfAttention
 from attnzoo.backbones.blocks.neighborhood import drop_path_rates, init_normal, init_weights, unwrap_checkpoint
 from attnzoo.backbones.blocks.staged import PatchEmbed
@@ -277,6 +277,6 @@ def flowformer_cv(pretrained: bool = False, **kwargs: Any) -> Flowformer:
         "flowformer_cv",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depth"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depth"]))), "feature_cls": StageFeatures},
         **args,
     )

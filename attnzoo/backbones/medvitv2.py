@@ -34,7 +34,7 @@ import torch
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.contract import LeveledModel
+from attnzoo.backbones.blocks.contract import LeveledModel, StageFeatures
 from attnzoo.backbones.blocks.medvit import COMPAT, ConvNormReLU, GlobalBlock, LocalBlock
 from attnzoo.backbones.blocks.neighborhood import (
     adapt_checkpoint,
@@ -283,7 +283,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(levels)), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(levels)), "feature_cls": StageFeatures},
         **args,
     )
 

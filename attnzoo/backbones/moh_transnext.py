@@ -17,6 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from attnzoo.backbones.blocks.contract import StageFeatures
 from attnzoo.backbones.blocks.mixture_of_heads import MixedHeads
 from attnzoo.backbones.blocks.neighborhood import init_weights
 from attnzoo.backbones.transnext import TransNeXt
@@ -97,7 +98,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

@@ -26,6 +26,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import StageFeatures
 from attnzoo.backbones.blocks.neighborhood import adapt_checkpoint
 from attnzoo.backbones.blocks.staged import NeighborhoodTransformer, alternating
 
@@ -178,6 +179,20 @@ default_cfgs = generate_default_cfgs(
             num_classes=21841,
             **_384,
         ),
+        "dinat_world": _cfg(
+            "",
+            "attnzoo's own size, 0.26M parameters; attnzoo.miniatures has weights",
+            num_classes=24,
+            input_size=(3, 48, 48),
+            pool_size=(3, 3),
+            crop_pct=1.0,
+            interpolation="bilinear",
+            mean=(0.45,) * 3,
+            std=(0.25,) * 3,
+            license="apache-2.0",
+            paper_ids="arXiv:2209.15001",
+            paper_name="Dilated Neighborhood Attention Transformer",
+        ),
     }
 )
 
@@ -200,7 +215,7 @@ def _create(
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 
@@ -211,6 +226,8 @@ _SMALL = {**_TINY, "num_heads": (3, 6, 12, 24), "embed_dim": 96, "mlp_ratio": 2.
 _BASE = {**_SMALL, "num_heads": (4, 8, 16, 32), "embed_dim": 128, "drop_path_rate": 0.5, "layer_scale": 1e-5}
 _LARGE = {**_SMALL, "num_heads": (6, 12, 24, 48), "embed_dim": 192, "drop_path_rate": 0.35}
 _LARGE_21K = {**_LARGE, "drop_path_rate": 0.2}
+_WORLD = {"depths": (2, 2, 2), "num_heads": (2, 4, 8), "embed_dim": 24, "mlp_ratio": 2.0, "drop_path_rate": 0.0}
+_WORLD |= {"kernel_size": 3}
 _AT_224 = (8, 4, 2, 1)
 _AT_384 = (13, 6, 3, 1)
 
@@ -291,3 +308,9 @@ def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
 def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
     """DiNAT-Large, ImageNet-22K, biases interpolated for 11 x 11 windows: the start of fine-tuning at 384."""
     return _create(DiNAT, "dinat_large_21k_11x11", pretrained, {**_LARGE_21K, "kernel_size": 11}, kwargs, _AT_224)
+
+
+@register_model
+def dinat_world(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """The miniatures' size, made for 48 x 48 pixels: three stages of width 24 to 96, windows of 3 x 3."""
+    return _create(DiNAT, "dinat_world", pretrained, _WORLD, kwargs, (4, 2, 1))

@@ -40,7 +40,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, pvt_v2, register_model
 from torch import nn
 
-from attnzoo.backbones.blocks.contract import CheckedImages
+from attnzoo.backbones.blocks.contract import CheckedImages, StageFeatures
 from attnzoo.backbones.blocks.neighborhood import refuse_attn_drop, unwrap_checkpoint
 from attnzoo.backbones.blocks.shiftadd import COMPAT, Conv2dShift, Gate, LinearShift, MixtureLinear
 from attnzoo.backbones.blocks.shiftadd_attention import ATTENTIONS, FullAttention
@@ -173,7 +173,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

@@ -33,7 +33,7 @@ from timm.layers import DropPath
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.contract import LeveledModel
+from attnzoo.backbones.blocks.contract import LeveledModel, StageFeatures
 from attnzoo.backbones.blocks.fan import attend
 from attnzoo.backbones.blocks.neighborhood import check_heads, init_normal, unwrap_checkpoint
 from attnzoo.backbones.blocks.tap import TokenAwarePooling
@@ -380,7 +380,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

@@ -30,7 +30,7 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.aggregated import AggregatedAttention, CosineAttention
-from attnzoo.backbones.blocks.contract import LeveledModel
+from attnzoo.backbones.blocks.contract import LeveledModel, StageFeatures
 from attnzoo.backbones.blocks.neighborhood import drop_path_rates, init_weights, unwrap_checkpoint
 from attnzoo.errors import check_range, per_axis
 
@@ -330,7 +330,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

@@ -33,7 +33,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from attnzoo.backbones.blocks.contract import LeveledModel
+from attnzoo.backbones.blocks.contract import LeveledModel, StageFeatures
 from attnzoo.backbones.blocks.neighborhood import drop_path_rates, init_weights, refuse_attn_drop, unwrap_checkpoint
 from attnzoo.backbones.blocks.staged import check_depths
 from attnzoo.backbones.blocks.vitae import NormalCell, ReductionCell, VSAStage
@@ -267,7 +267,7 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(len(args["depths"]))), "feature_cls": StageFeatures},
         **args,
     )
 

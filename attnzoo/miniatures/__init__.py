@@ -1,7 +1,8 @@
 """Miniatures: one synthetic world, models trained on it that ship with the library, and the recipes that train them.
 
-`load("llava")`, `load("dinat_world")`, `load("dinat_digits")`, `load("generator")`; `train(name, out)`; `check()`
-measures the shipped weights on held-out data. The world itself is `attnzoo.miniatures.world` (numpy and Pillow only).
+`load("llava")`, `load("dinat_world")`, `load("dinat_digits")`, `load("detector")`, `load("generator")`;
+`train(name, out)`; `check()` measures the shipped weights on held-out data. The world itself is
+`attnzoo.miniatures.world` (numpy and Pillow only).
 transformers and diffusers are imported by what needs them, when it is called.
 """
 
@@ -11,13 +12,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-NAMES = ("llava", "dinat_world", "dinat_digits", "generator")
+NAMES = ("llava", "dinat_world", "dinat_digits", "detector", "generator")
 
 _LAZY = {
     "CaptionRow": "evaluate",
     "bootstrap_summary": "evaluate",
     "check": "figures",
     "classify": "classifiers",
+    "detect": "detector",
     "drop_last_control": "evaluate",
     "measure": "figures",
     "evaluate_captions": "evaluate",
@@ -48,7 +50,8 @@ def load(name: str, folder: str | Path | None = None) -> Any:
     """A trained miniature, from `folder` or, if None, the shipped one.
 
     "llava": (LlavaForConditionalGeneration, LlavaProcessor). "dinat_world", "dinat_digits": a timm model in eval mode.
-    "generator": a diffusers-like pipeline. Raises ValueError for another name.
+    "detector": torchvision's FasterRCNN in eval mode. "generator": a diffusers-like pipeline.
+    Raises ValueError for another name.
     """
     _check_name(name)
     place = None if folder is None else Path(folder)
@@ -60,6 +63,10 @@ def load(name: str, folder: str | Path | None = None) -> Any:
         from attnzoo.miniatures import generator
 
         return generator.load() if place is None else generator.load(place)
+    if name == "detector":
+        from attnzoo.miniatures import detector
+
+        return detector.load(place)
     from attnzoo.miniatures import classifiers
 
     return classifiers.load(name, place)
@@ -89,6 +96,10 @@ def train(
         from attnzoo.miniatures import llava
 
         report = llava.train(out, **options)
+    elif name == "detector":
+        from attnzoo.miniatures import detector
+
+        report = detector.train(out, **options)
     else:
         from attnzoo.miniatures import classifiers
 

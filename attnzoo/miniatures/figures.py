@@ -14,7 +14,7 @@ from attnzoo.errors import check_choice
 from attnzoo.miniatures import NAMES, classifiers, evaluate, training, world
 
 #: Test scenes of each kind, and resamples of the bootstrap.
-SCENES = {"broken": 2000, "intact": 500, "captioned": 1000, "world": 4800}
+SCENES = {"broken": 2000, "intact": 500, "captioned": 1000, "world": 4800, "detector": 900}
 RESAMPLES = 1000
 
 
@@ -70,6 +70,10 @@ def measure(name: str, folder: str | Path | None = None, seed: int = 0, scale: f
         return generator.measure(place, seed=seed, scale=scale)
     if name == "llava":
         return _llava(place, seed, scale)
+    if name == "detector":
+        from attnzoo.miniatures import detector
+
+        return detector.measure(place, seed, scale)
     return _classifier(name, place, seed, scale)
 
 

@@ -12,13 +12,13 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from attnzoo.backbones.blocks.neighborhood import init_weights
 from attnzoo.errors import check_choice, check_range, check_tensor
 
-__all__ = ["CheckedImages", "LeveledModel", "TimmHead", "check_images", "intermediate"]
+__all__ = ["CheckedImages", "LeveledModel", "StageFeatures", "TimmHead", "check_images", "intermediate"]
 
 
 def check_images(x: Any, in_chans: int) -> None:
@@ -47,6 +47,22 @@ class CheckedImages:
         """timm's."""
         self._check_image(x)
         return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class StageFeatures(FeatureGetterNet):
+    """timm's `features_only` model for backbones of stages.
+
+    `out_indices` count stages from 0, as in timm. Indices from 1 to the number of stages that hold the latter, such as
+    (1, 2, 3, 4) of a model with four, count the stem as 0, as timm's ResNets have it and as transformers' DETR models
+    ask for by default (DetrConfig(backbone="dinat_tiny", use_timm_backbone=True)): the same stages, told by
+    `feature_info`.
+    """
+
+    def __init__(self, model: Any, out_indices: Any = 4, *args: Any, **kwargs: Any) -> None:
+        stages = len(model.feature_info)
+        if not isinstance(out_indices, int) and max(out_indices, default=-1) == stages and min(out_indices) >= 1:
+            out_indices = tuple(index - 1 for index in out_indices)
+        super().__init__(model, out_indices, *args, **kwargs)
 
 
 class TimmHead(nn.Module, ABC):

@@ -23,6 +23,7 @@ from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from attnzoo.backbones.blocks.contract import StageFeatures
 from attnzoo.backbones.blocks.neighborhood import check_heads, unwrap_checkpoint
 from attnzoo.errors import UnsupportedError, check_choice
 
@@ -220,7 +221,7 @@ def build_hosted(
         variant,
         pretrained,
         pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": indices, "feature_cls": "getter"},
+        feature_cfg={"out_indices": indices, "feature_cls": StageFeatures if depths is not None else "getter"},
         **args,
     )
 

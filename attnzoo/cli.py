@@ -58,7 +58,6 @@ _EXTRAS = {
     "gradio": "demo",
     "matplotlib": "demo",
     "sklearn": "demo",
-    "torchmetrics": "train",
     "pycocotools": "train",
 }
 

@@ -57,9 +57,9 @@ class Forward:
             frame = self._denoiser.frame_for(given, ctx)
         return self._denoiser.run(given, frame, self._stock, self._slot)
 
-    def layers(self, method: Method) -> list[str]:
-        """Names of the modules that `method` acts on."""
-        return self._denoiser.layers_of(method)
+    def layers(self, method: Method) -> dict[str, tuple[int, ...]]:
+        """The modules that `method` acts on, by name, each with the grid that it sees (a UNet's levels)."""
+        return self._denoiser.layers_of(method, self._frame.layout.grid)
 
     def move_latents(self, shift: Tensor) -> None:
         """Add `shift` to the pipeline's latents before its scheduler takes this step.

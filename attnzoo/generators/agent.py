@@ -167,9 +167,10 @@ class Agent(Method):
         reached = [name for name, grid in layers.items() if self.reaches(grid, layout.grid)]
         if not reached:
             finest = min(math.prod(layout.grid) // math.prod(grid) for grid in layers.values())
+            wanted = math.ceil(math.sqrt(finest))
             raise UnsupportedError(
                 f"agent reaches none of its {len(layers)} layers: the finest sees {1 / finest:.3g} of the latents' "
-                f"places (SDXL has no attention at full resolution); set max_downsample to {math.ceil(math.sqrt(finest))}"
+                f"places (SDXL has no attention at full resolution); set max_downsample to {wanted}"
             )
         with self.watching(forward.model, reached):
             return forward()

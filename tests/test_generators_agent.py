@@ -83,6 +83,13 @@ def test_what_it_can_not_know_is_refused() -> None:
     flux = build("flux")
     with enable(flux.model, "agent", early_steps=1.0), pytest.raises(UnsupportedError, match="rotary"):
         run(flux)
+    with (
+        enable(case.model, "agent", early_steps=1.0, layers="down_blocks.1*"),
+        pytest.raises(UnsupportedError, match="max_downsample to 2"),
+    ):
+        run(case)
+    with enable(case.model, "agent", early_steps=1.0, layers="down_blocks.1*", max_downsample=2):
+        assert run(case).isfinite().all()
     for options, error, words in (
         ({"ratio": 1.5}, ValueError, "ratio"),
         ({"early_steps": "all"}, TypeError, "early_steps"),
@@ -181,6 +188,6 @@ def test_two_models_and_another_method_beside_it() -> None:
         alone = run(first)
         assert torch.equal(run(second), dense)
         with enable(first.model, "sparge", topk=0.5, block_size=4, layers="mid_block*"):
-            run(first)
+            assert not torch.equal(run(first), alone)
         assert torch.equal(run(first), alone)
     assert untouched(first.model)

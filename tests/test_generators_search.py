@@ -103,10 +103,11 @@ def test_adaspa_searches_when_it_says() -> None:
             run(case)
         handle.new_run(5)
         (method,) = handle.methods("adaspa")
-        outs, found = [], []
+        outs, found, lses = [], [], []
         for i in range(5):
             outs.append(run(case, timestep=case.inputs["timestep"] - 0.01 * i))
             found.append({name: f.mask.clone() for name, f in method._found.items()})
+            lses.append({name: f.lse for name, f in method._found.items()})
         row = handle.report()["denoisers"][0]
         assert row["state_bytes"] > 0 and row["density"] == pytest.approx(1 - 0.6 * 900 / 37**2, abs=0.06)
         handle.new_run(5)
@@ -116,6 +117,7 @@ def test_adaspa_searches_when_it_says() -> None:
     assert not found[0] and len(found[1]) == 3
     assert all(torch.equal(found[1][n], found[2][n]) and torch.equal(found[3][n], found[4][n]) for n in found[1])
     assert any(not torch.equal(found[2][n], found[3][n]) for n in found[1])
+    assert all(torch.equal(lses[4][n], lses[1][n]) for n in lses[1])  # the second search has the first one's
     for options in ({"sparsity": 0.0}, {"recall": 1.0}):
         with enable(case.model, "adaspa", **options):
             assert torch.equal(run(case), dense[0])

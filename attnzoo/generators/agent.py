@@ -163,7 +163,16 @@ class Agent(Method):
             self._agents = None
 
     def denoise(self, forward: Forward, layout: TokenLayout, ctx: StepContext) -> Any:
-        with self.watching(forward.model, forward.layers(self)):
+        layers = forward.layers(self)
+        reached = [name for name, grid in layers.items() if self.reaches(grid, layout.grid)]
+        if not reached:
+            finest = min(math.prod(layout.grid) // math.prod(grid) for grid in layers.values())
+            wanted = math.ceil(math.sqrt(finest))
+            raise UnsupportedError(
+                f"agent reaches none of its {len(layers)} layers: the finest sees {1 / finest:.3g} of the latents' "
+                f"places (SDXL has no attention at full resolution); set max_downsample to {wanted}"
+            )
+        with self.watching(forward.model, reached):
             return forward()
 
     def around(self, call: Call, layout: TokenLayout, ctx: StepContext, layer: Layer) -> Any:

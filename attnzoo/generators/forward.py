@@ -80,9 +80,9 @@ class Forward:
         size, place = batch // len(parts), parts.index(branch)
         return take_rows(self.given, slice(place * size, (place + 1) * size), batch, self.family)
 
-    def layers(self, method: Method) -> list[str]:
-        """Names of the modules that `method` acts on."""
-        return self._denoiser.layers_of(method)
+    def layers(self, method: Method) -> dict[str, tuple[int, ...]]:
+        """The modules that `method` acts on, by name, each with the grid that it sees (a UNet's levels)."""
+        return self._denoiser.layers_of(method, self._frame.layout.grid)
 
     def move_latents(self, shift: Tensor) -> None:
         """Add `shift` to the pipeline's latents before its scheduler takes this step.

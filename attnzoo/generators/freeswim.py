@@ -1,7 +1,7 @@
 """FreeSwim: videos larger than those of training, in windows of the trained size, guided by a full branch.
 
-Paper: "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free Ultra-High-Resolution Video
-Generation", 2025. Code: WillWu111/FreeSwim 9f35a72 (no licence file); written here from the formulas.
+Paper: Wu et al., "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free Ultra-High-Resolution
+Video Generation", arXiv:2511.14712. Code: WillWu111/FreeSwim 9f35a72 (no licence file); written from the formulas.
 
     window branch   every token sees (2 (base_h // 2) + 1) x (2 (base_w // 2) + 1) places around it, moved inward at the
                     borders, in all frames

@@ -178,10 +178,10 @@ class Denoiser:
         if registry is not None:
             registry.invalidate_child_registries_cache()
 
-    def layers_of(self, method: Method) -> list[str]:
-        """Names of the modules that `method` acts on, in the model's order."""
+    def layers_of(self, method: Method, grid: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The modules that `method` acts on, by name in the model's order, each with its part of the model's `grid`."""
         chosen = next(s.layers for m, s in self.methods if m is method)
-        return [name for name in self.names(method.roles) if name in chosen]
+        return {name: self.family.grid_at(name, grid) for name in self.names(method.roles) if name in chosen}
 
     # ---------------------------------------------------------------- one forward
 

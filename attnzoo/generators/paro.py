@@ -6,8 +6,10 @@ Generation Models", NeurIPS 2025, arXiv:2506.16054. No public code: adapted. Whi
     abstract    "Pattern-Aware token ReOrdering ... unifies the diverse attention patterns into a hardware-friendly
                 block-wise pattern": blocks are cut along an order of the tokens, per head
     abstract    "lower density (20%-30%)": the default density
-    a review page (openreview UPELg2oUo3's reviews): "the best permutation choice from the 6 possible cases"; the order
-                is chosen offline, and applying it costs address arithmetic only: it is read through, nothing is moved
+    reviews of the paper (openreview UPELg2oUo3, as paperhub.cn quotes them): "the best permutation choice from the 6
+                possible cases"
+    a summary   (paperium.net, article 12618): the permutation is determined offline, and applying it changes address
+                arithmetic only: here the kernel reads through the order, nothing is moved
     from memory of the paper (shared/specs/generators.md, section 2.1), to be checked: the choice minimises a mix of a
                 block-sparsity score and of max / mean within blocks (what quantisation suffers from); blocks of 64; one
                 mask for the first and one for the second half of the steps; text is untouched

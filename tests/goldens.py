@@ -72,6 +72,11 @@ _MODULES = {
         "attention_regulation",
         "bounded_attention",
     ),
+    "goldens_editing": (
+        "freecus",
+        "ditctrl",
+        "rf_solver",
+    ),
     "goldens_sharing": (
         "pag",
         "tgate",
@@ -106,8 +111,10 @@ _MODULES = {
         "pope",
     ),
 }
-# Variants (file stems without number) that are not run in float64, and why.
+# Variants (file stems without number) or files (system/stem) that are not run in float64, and why.
 FLOAT32_ONLY: dict[str, str] = {
+    "rf_solver/case2": "diffusers' Flux embeds the timestep in float32 whatever is asked, and the authors' numbers are "
+    "1.1e-5 off both our float32 and our float64 ones; which rounding it is was not found",
     "moh_vit": "the authors' float32 output of moh_vit_1 is 8.7e-6 (max_abs_vs_fp64) off their own float64 one",
 }
 _HERE = Path(__file__).resolve().parent

@@ -73,6 +73,7 @@ _MODULES = {
         "bounded_attention",
     ),
     "goldens_editing": (
+        "aligned_gen",
         "freecus",
         "ditctrl",
         "rf_solver",

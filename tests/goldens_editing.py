@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnzoo.generators import StepContext, TokenLayout
+from attnzoo.generators.aligned_gen import AlignedGen
 from attnzoo.generators.chain import Layer
 from attnzoo.generators.ditctrl import DiTCtrl, scaled_per_frame
 from attnzoo.generators.freecus import FreeCus
@@ -22,7 +23,8 @@ from attnzoo.generators.rf_solver import integrate
 
 def run(meta: dict[str, Any], tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Any]:
     """See tests/goldens.py."""
-    return {"freecus": _freecus, "ditctrl": _ditctrl, "rf_solver": _rf_solver}[meta["system"]](meta["config"], tensors)
+    runs = {"aligned_gen": _aligned_gen, "freecus": _freecus, "ditctrl": _ditctrl, "rf_solver": _rf_solver}
+    return runs[meta["system"]](meta["config"], tensors)
 
 
 def _freecus(c: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -46,6 +48,36 @@ def _freecus(c: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     with alone(module, method, layout):
         got["out.out_image"] = call(image, tensors["in.text_tokens"])
     return {**got, "out.out_image_non_vital": call(image, tensors["in.text_tokens"])}
+
+
+def _aligned_gen(c: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    image, text = tensors["in.image_tokens"], tensors["in.text_tokens"]
+    width, double = image.shape[-1], not c["single_stream"]
+    weights = {n.removeprefix("w."): t for n, t in tensors.items() if n.startswith("w.")}
+    added = {"added_kv_proj_dim": width, "context_pre_only": False, "added_proj_bias": "add_q_proj.bias" in weights}
+    module = FluxAttention(
+        width,
+        heads=c["heads"],
+        dim_head=c["head_dim"],
+        bias="to_q.bias" in weights,
+        eps=1e-6,
+        **(added if double else {"pre_only": True}),
+    )
+    module.to(image.dtype).load_state_dict(weights, strict=True)
+    whole, moved = ((tensors[f"in.{n}_cos"], tensors[f"in.{n}_sin"]) for n in ("rope", "ref_rope"))
+    method = AlignedGen(2, style_lambda="decrease" if c["style_lambda_mode"] == "decrease" else c["style_lambda"])
+    method._tables = whole, moved
+    layout = TokenLayout((c["h"], c["w"]), text.shape[1], "first")
+
+    def call() -> tuple[Tensor, ...]:
+        if double:
+            return module(image, text, image_rotary_emb=whole)
+        return (module(torch.cat([text, image], 1), image_rotary_emb=whole),)
+
+    names = ("out.out", "out.text_out"), ("out.plain", "out.plain_text")
+    with alone(module, method, layout, StepContext(timestep=c["timestep"])):
+        shared = call()
+    return {**dict(zip(names[0], shared)), **dict(zip(names[1], call()))}
 
 
 def _ditctrl(c: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from generator_models import build, is_clean, run
 
 from attnzoo import generators
 from attnzoo.errors import UnsupportedError
+from attnzoo.generators import aligned_gen
 from attnzoo.generators.rf_solver import integrate
 
 
@@ -128,9 +129,50 @@ def test_rf_edit_keeps_values_of_the_same_stretch_of_time() -> None:
         assert torch.equal(edit.integrate(velocity, plain, times, "inject"), integrate(velocity, plain, times))
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_aligned_gen_moves_the_second_picture_towards_the_first(name: str) -> None:
+    case = build(name)
+    dense = run(case)
+    seen: list[Tensor] = []
+    with generators.enable(case.model, "aligned_gen") as handle:
+        method = handle.methods("aligned_gen")[0]
+        plain = method.attend
+
+        def watch(query: Tensor, key: Tensor, *rest: Any) -> Tensor:
+            def last(q: Tensor, k: Tensor, v: Tensor, m: Any) -> Tensor:
+                seen.append(k)
+                return rest[-1](q, k, v, m)
+
+            seen.append(key)
+            return plain(query, key, *rest[:-1], last)
+
+        method.attend = watch
+        out = run(case)
+    assert torch.allclose(out[0], dense[0], atol=1e-4) and (out[1] - dense[1]).abs().max() > 1e-3
+    grid = case.grid[0] * case.grid[1]
+    assert all(after.shape[2] == before.shape[2] + grid for before, after in zip(seen[::2], seen[1::2]))
+    assert torch.equal(run(case), dense) and is_clean(case.model)
+    with generators.enable(case.model, "aligned_gen", style_lambda="decrease") as handle:
+        assert handle.methods("aligned_gen")[0].factor(generators.StepContext(timestep=0.5)) == 0.25
+        run(case)
+
+
+def test_a_rotary_turn_is_undone_and_adds_up() -> None:
+    model = build("flux").model
+    ids = torch.zeros(4, 3)
+    ids[:, 2] = torch.arange(4)
+    table, moved = model.pos_embed(ids), model.pos_embed(aligned_gen.shifted_ids(ids, 3))
+    x = torch.randn(1, 2, 4, 16)
+    turned = aligned_gen.rotated(x, table)
+    assert torch.allclose(aligned_gen.rotated(turned, table, back=True), x, atol=1e-6)
+    assert torch.allclose(aligned_gen.rotated(x[:, :, 3:], tuple(t[3:] for t in table)),
+                          aligned_gen.rotated(x[:, :, 3:], tuple(t[:1] for t in moved)), atol=1e-6)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("family", "name", "options", "words"),
     [
+        ("flux", "aligned_gen", {"style_lambda": "rise"}, "style_lambda"),
         ("flux", "freecus", {"subject": []}, "subject"),
         ("flux", "freecus", {"subject": [-1]}, "subject"),
         ("flux", "freecus", {"subject": [1], "scale": -1.0}, "scale"),
@@ -149,6 +191,9 @@ def test_bad_settings_are_named(family: str, name: str, options: dict[str, Any],
 def test_what_they_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="times"):
         integrate(lambda x, t: x, torch.zeros(1), [1.0])
+    sd3 = build("sd3")
+    with generators.enable(sd3.model, "aligned_gen"), pytest.raises(UnsupportedError, match="style_aligned"):
+        run(sd3)
     case = build("flux")
     with generators.enable(case.model, "freecus", subject=[99]), pytest.raises(ValueError, match="outside"):
         run(case)

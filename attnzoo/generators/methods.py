@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnzoo.generators.adaspa import AdaSpa
 from attnzoo.generators.agent import Agent
+from attnzoo.generators.aligned_gen import AlignedGen
 from attnzoo.generators.attention_regulation import AttentionRegulation
 from attnzoo.generators.bounded_attention import BoundedAttention
 from attnzoo.generators.chain import Method
@@ -26,6 +27,7 @@ from attnzoo.generators.video_infinity import VideoInfinity
 METHODS: dict[str, type[Method]] = {
     "adaspa": AdaSpa,
     "agent": Agent,
+    "aligned_gen": AlignedGen,
     "attention_regulation": AttentionRegulation,
     "bounded_attention": BoundedAttention,
     "conform": Conform,

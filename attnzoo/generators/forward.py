@@ -59,6 +59,11 @@ class Forward:
             frame = self._denoiser.frame_for(given, ctx)
         return self._denoiser.run(given, frame, self._stock, self._slot)
 
+    def running_parts(self) -> tuple[str, ...]:
+        """`StepContext.parts` of the forward that is running now, which may be one that a method asked for."""
+        frame = self._denoiser.frame
+        return self._frame.ctx.parts if frame is None else frame.ctx.parts
+
     @property
     def family(self) -> Family:
         """The denoiser's adapter."""

@@ -181,6 +181,11 @@ class SoftPAG(Method):
         heads = None if self.selection is None else self.selection.get(layer.name, ())
         if layer.phase != _PERTURBED or heads == ():
             return next(query, key, value, mask)
+        if value.shape[-2] != query.shape[-2]:
+            raise UnsupportedError(
+                f"{layer.name}: soft_pag mixes in each token's own value, and another method changed them: "
+                f"{query.shape[-2]} queries, {value.shape[-2]} values; choose other layers for one of the two"
+            )
         if heads is not None and max(heads) >= query.shape[1]:
             raise UnsupportedError(f"selection: {layer.name} has {query.shape[1]} heads, got {list(heads)}")
         if self.strength == 1 and heads is None:

@@ -6,6 +6,7 @@ Code: google/style-aligned 2faf0af, sa_handler.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -122,7 +123,7 @@ class StyleAligned(Method):
     def denoise(self, forward: Forward, layout: TokenLayout, ctx: StepContext) -> Any:
         if not self.share_group_norm:
             return forward()
-        with _SharedNorms(len(ctx.parts)):
+        with _SharedNorms(forward.running_parts):
             return forward()
 
     def attend(
@@ -209,16 +210,17 @@ def _to_all(
 class _SharedNorms(TorchFunctionMode):
     """Group normalisations within count the first picture of each branch, too."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, parts: Callable[[], tuple[str, ...]]) -> None:
+        """parts: the branches of the forward that is running, which another method may have cut to one."""
         super().__init__()
-        self.groups = groups
+        self.parts = parts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.group_norm:
             return func(*args, **kwargs)
         x = args[0] if args else kwargs.pop("input")
-        rest = args[1:]
+        rest, groups = args[1:], len(self.parts())
         if x.ndim < 4:  # [B, C, N]: the same over one more axis
-            return shared_group_norm(lambda t: func(t, *rest, **kwargs), x[..., None], self.groups)[..., 0]
-        return shared_group_norm(lambda t: func(t, *rest, **kwargs), x, self.groups)
+            return shared_group_norm(lambda t: func(t, *rest, **kwargs), x[..., None], groups)[..., 0]
+        return shared_group_norm(lambda t: func(t, *rest, **kwargs), x, groups)

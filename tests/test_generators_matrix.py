@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,12 @@ SERVED: dict[str, frozenset[str]] = {
 }
 
 
+#: Reuse what earlier steps made: at the first step they are the plain model, and act in their own files.
+LATER = {"adaspa", "pab", "t_gate"}
+#: So few frames that the method's window holds them all.
+WHOLE = {("video_infinity", "ltx"), ("video_infinity", "qwen_image")}
+
+
 def pair(name: str) -> Case:
     """At least two different samples, as methods that share between samples need."""
     torch.manual_seed(0)
@@ -110,10 +117,14 @@ def test_served_or_refused(name: str, family: str) -> None:
             assert bool(on.isfinite().all())
             with pytest.raises(ValueError, match="already"):
                 generators.enable(case.model, name, **SETTINGS[name])
-            hook = case.model.register_forward_hook(lambda *_: 1 / 0)
+            assert name in LATER or torch.equal(on, dense) == ((name, family) in WHOLE), f"{name} on {family}"
+            last = [m for m in case.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+            hook = last.register_forward_pre_hook(lambda *_: 1 / 0)  # in the middle of the forward
             with pytest.raises(ZeroDivisionError):
                 run(case)
             hook.remove()
+            handle.new_run(4)
+            assert torch.equal(run(case), on)
     assert is_clean(case.model) and torch.equal(run(case), dense)
 
 
@@ -135,11 +146,35 @@ def test_two_methods_in_either_order_of_leaving(name: str, family: str) -> None:
         except UnsupportedError as error:
             assert "gna" in str(error) or name in str(error)  # refused together, by name
         handles[first_out].disable()
+        handles[1 - first_out].new_run(4)
+        run(case)  # the one that stays goes on
         handles[1 - first_out].disable()
         assert is_clean(case.model) and torch.equal(run(case), dense)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "unet"])
+@pytest.mark.parametrize("name", HERE)
+def test_two_models_do_not_meet(name: str) -> None:
+    family = sorted(SERVED[name])[0]
+    first, second = pair(family), pair(family)
+    dense = run(second)
+    with generators.enable(first.model, name, **SETTINGS[name]) as handle:
+        handle.new_run(4)
+        on = run(first)
+        assert torch.equal(run(second), dense)
+        with generators.enable(second.model, name, **SETTINGS[name]) as other:
+            other.new_run(4)
+            run(second)
+            handle.new_run(4)
+            assert torch.equal(run(first), on)
+    assert torch.equal(run(second), dense) and is_clean(second.model)
+
+
+@pytest.mark.parametrize("file", sorted(set(ELSEWHERE.values())))
+def test_what_is_tested_elsewhere_is(file: str) -> None:
+    assert Path(__file__).with_name(file).is_file()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", HERE)
 def test_neutral_is_dense_bit_for_bit(name: str, family: str) -> None:
     neutral = catalog.get(name).neutral

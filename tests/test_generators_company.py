@@ -78,6 +78,37 @@ def test_three_methods_in_a_unets_loop(stack: str, guided: bool) -> None:
     assert torch.equal(pipe(latents, text, steps=4), plain) and is_clean(pipe.unet)
 
 
+def wan_pipeline() -> Any:
+    """Wan 2.2: two transformers, the first for the noisier half; guidance by two calls."""
+    first, second = build("wan").model, build("wan").model
+    pipe = diffusers.WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        transformer=first,
+        transformer_2=second,
+        boundary_ratio=0.5,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_wan(pipe: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    text = [torch.randn(1, 6, 16, generator=generator) for _ in range(2)]
+    size = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 4}
+    return pipe(
+        prompt_embeds=text[0], negative_prompt_embeds=text[1], output_type="latent", generator=generator, **size
+    ).frames
+
+
+def sd3_pipeline() -> Any:
+    """Stable Diffusion 3: both branches in one batch."""
+    names = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    parts = dict.fromkeys(names)
+
+
 @pytest.mark.parametrize(("name", "options"), [("gna", {"kernel_size": 3}), ("sparge", {"topk": 0.5, "block_size": 4})])
 def test_lora_on_off_and_fused(name: str, options: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")

@@ -106,7 +106,49 @@ def draw_wan(pipe: Any) -> torch.Tensor:
 def sd3_pipeline() -> Any:
     """Stable Diffusion 3: both branches in one batch."""
     names = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
-    parts = dict.fromkeys(names)
+    parts: dict[str, Any] = dict.fromkeys(names)
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=build("sd3").model, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, **parts
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_sd3(pipe: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    text = [torch.randn(1, 5, 32, generator=generator) for _ in range(2)]
+    pooled = [torch.randn(1, 64, generator=generator) for _ in range(2)]
+    return pipe(
+        prompt_embeds=text[0],
+        negative_prompt_embeds=text[1],
+        pooled_prompt_embeds=pooled[0],
+        negative_pooled_prompt_embeds=pooled[1],
+        height=96,
+        width=128,
+        num_inference_steps=4,
+        output_type="latent",
+        generator=generator,
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("make", "draw_one", "stack"),
+    [
+        (wan_pipeline, draw_wan, [("gna", {"kernel_size": 2}), ("pab", {}), ("soft_pag", {"scale": 1.0})]),
+        (wan_pipeline, draw_wan, [("video_infinity", {"padding": 1, "top_k": 1}), ("pab", {}), ("soft_pag", {})]),
+        (sd3_pipeline, draw_sd3, [("sparge", {"topk": 0.5, "block_size": 4}), ("pab", {}), ("soft_pag", {})]),
+        (sd3_pipeline, draw_sd3, [("gna", {"kernel_size": 3, "branches": "cond"}), ("pab", {}), ("soft_pag", {})]),
+    ],
+)
+def test_three_methods_in_wan_and_sd3(make: Any, draw_one: Any, stack: list[tuple[str, dict[str, Any]]]) -> None:
+    pipe = make()
+    plain = draw_one(pipe)
+    with generators.enable(pipe, stack):
+        first = draw_one(pipe)
+        assert torch.equal(draw_one(pipe), first)
+    assert bool(first.isfinite().all()) and (first - plain).abs().max() > 1e-3
+    assert torch.equal(draw_one(pipe), plain)
+    assert all(is_clean(m) for m in pipe.components.values() if isinstance(m, torch.nn.Module))
 
 
 @pytest.mark.parametrize(("name", "options"), [("gna", {"kernel_size": 3}), ("sparge", {"topk": 0.5, "block_size": 4})])

@@ -147,6 +147,20 @@ def test_branches_of_one_batch_are_its_rows(name: str, spies: None) -> None:
         run(case)
 
 
+def test_guidance_is_its_handles_word(spies: None) -> None:
+    case = build("pixart")
+    dense = run(case)
+    first = enable(case.model, "spy")
+    with enable(case.model, "blank", branches="cond", guidance=True):
+        with pytest.raises(ValueError, match="another handle"):
+            enable(case.model, "doubled", guidance=False)
+        assert not torch.equal(run(case), dense)
+    with enable(case.model, "blank", branches="cond"), pytest.raises(UnsupportedError, match="no single branch"):
+        run(case)  # nobody says any more what the batch holds
+    first.disable()
+    assert torch.equal(run(case), dense) and is_clean(case.model)
+
+
 def test_heads_mean_nothing_to_a_method_around_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     class Around(Spy):
         name = "around"
@@ -172,3 +186,18 @@ def test_latents_move_before_the_step_and_the_scheduler_comes_back(spies: None) 
     assert torch.allclose(pipe(start, text), pushed, atol=1e-4) and not torch.allclose(pushed, plain, atol=1e-2)
     with pytest.raises(UnsupportedError, match="pipeline"):
         enable(unet, "pushing")
+
+
+def test_a_change_of_cancelled_latents_does_not_reach_the_next_run(spies: None) -> None:
+    unet = build("unet").model
+    pipe = UNetLoop(unet, diffusers.EulerDiscreteScheduler())
+    torch.manual_seed(1)
+    start = torch.randn(1, unet.config.in_channels, 8, 8)
+    text = torch.randn(1, 5, unet.config.cross_attention_dim)
+    with enable(pipe, "pushing"):
+        pushed = pipe(start, text)
+        hook = unet.conv_out.register_forward_pre_hook(lambda *_: 1 / 0)  # after the latents were moved
+        with pytest.raises(ZeroDivisionError):
+            pipe(start, text)
+        hook.remove()
+        assert torch.equal(pipe(start, text), pushed)

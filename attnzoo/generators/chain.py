@@ -178,7 +178,10 @@ class Link:
 
     def meant_for(self, module: Any) -> bool:
         """Whether it acts in `module` as it is now."""
-        return self.token is None or getattr(module.processor, "attnzoo_token", None) is self.token()
+        if self.token is None:
+            return True
+        carried = getattr(module.processor, "attnzoo_token", None)
+        return carried is not None and carried is self.token()
 
     def in_phase(self, phase: Hashable) -> Link:
         """The same in a forward whose phase for this method is `phase`."""

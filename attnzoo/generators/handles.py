@@ -74,6 +74,7 @@ class Handle:
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
+        self._guided: StepTracker | None = None  # the tracker that this handle told about guidance
 
     def disable(self) -> None:
         """Take the methods away; the last handle on a denoiser takes the hooks with it. Twice does no harm."""
@@ -85,6 +86,9 @@ class Handle:
                 if not denoiser.methods:
                     denoiser.detach()
             self._parts = []
+            if self._guided is not None:
+                self._guided.guided = None
+                self._guided = None
 
     @property
     def enabled(self) -> bool:
@@ -191,13 +195,15 @@ def enable(
             if len(set(names)) < len(names):
                 raise ValueError(f"method names must differ in one list, got {names}")
             plan.append((target, denoiser, size, built))
+        if guidance is not None and tracker.guided not in (None, guidance):
+            raise ValueError(f"guidance={guidance}: another handle on this model says {tracker.guided}")
         handle = Handle()
         if not isinstance(pipe_or_model, nn.Module):
             tracker.follow(pipe_or_model)
         if any(made.moves_latents for _, _, _, built in plan for made, _ in built):
             tracker.keep_latents_movable(True)
-        if guidance is not None:
-            tracker.guided = guidance
+        if guidance is not None and tracker.guided is None:
+            tracker.guided, handle._guided = guidance, tracker
         for target, denoiser, size, built in plan:
             denoiser.tracker = tracker
             denoiser.grid = size or denoiser.grid

@@ -6,6 +6,7 @@ hands the model a copy, so the change reaches it where it hands them out next: i
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class LatentShift:
         self._inner: Any = None
         self._outer: Any = None
         self._pending: Tensor | None = None
+        self._at: Hashable = None  # the step that the pending change belongs to
 
     def follow(self, scheduler: Any) -> None:
         """Wrap `scheduler.step`; a scheduler followed before is released."""
@@ -57,16 +59,15 @@ class LatentShift:
             else:
                 scheduler.step = self._inner
 
+    def expect(self, at: Hashable) -> None:
+        """A forward of the step `at` begins: what is pending for another one was cancelled, and is dropped."""
+        if at != self._at:
+            self._at, self._pending = at, None
+
     def add(self, shift: Tensor, timestep: Any) -> None:
         """Note `shift`, given in the units of the model's input at `timestep`."""
-        if self._scheduler is None:
-            raise UnsupportedError("latents can only be moved in a pipeline; this model runs bare")
         shift = shift.detach() / _input_scale(self._scheduler, timestep)
         self._pending = shift if self._pending is None else self._pending + shift
-
-    def drop(self) -> None:
-        """Forget a change that never reached its step (the run was cancelled)."""
-        self._pending = None
 
 
 def _input_scale(scheduler: Any, timestep: Any) -> float:

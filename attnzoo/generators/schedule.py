@@ -186,7 +186,6 @@ class StepTracker:
         scheduler = self._current_scheduler()
         if self._shift is not None:
             self._shift.follow(scheduler)
-            self._moved_at = timestep
         if self._declared is not None:
             step: int | None = self._count(timestep)
             total: int | None = self._declared
@@ -196,6 +195,9 @@ class StepTracker:
             step, total = self._from_timesteps(scheduler.timesteps, timestep, branch)
         else:
             step = total = None
+        if self._shift is not None:
+            self._shift.expect((self._run, step))
+            self._moved_at = timestep
         inside = parts if branch in _WHOLE and self._guided() else (branch,)
         return StepContext(step, total, timestep, branch, max(self._run, 0), inside)
 

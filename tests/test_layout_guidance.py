@@ -109,7 +109,7 @@ def test_groups_of_queries_are_the_mask(monkeypatch: pytest.MonkeyPatch) -> None
     given = torch.randn(3, 2, 2, 96, 8, dtype=torch.float64)
     call = (None, layout, generators.StepContext(5, 10), layer, F.scaled_dot_product_attention)
     masked = method.attend(*given, *call)
-    monkeypatch.setattr(generators.bounded_attention, "_MOST_MASKED", 10)
+    monkeypatch.setattr(generators.bounded_attention, "MOST", 10)
     torch.testing.assert_close(method.attend(*given, *call), masked, rtol=1e-9, atol=1e-9)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.errors import UnsupportedError, check_choice
-from attnzoo.generators.chain import Call, Layer, Method, Next, Stage
+from attnzoo.generators.chain import Layer, Method, Next, Stage
 from attnzoo.generators.forward import Forward
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.style_aligned import adain, of_first, widened
@@ -104,11 +104,6 @@ class AlignedGen(Method):
         finally:
             self._tables = None
 
-    def around(self, call: Call, layout: TokenLayout, ctx: StepContext, layer: Layer) -> Any:
-        if torch.compiler.is_compiling():
-            raise UnsupportedError("aligned_gen reads the rotary table of each forward: it can't be compiled")
-        return call()
-
     def attend(
         self,
         query: Tensor,
@@ -120,6 +115,7 @@ class AlignedGen(Method):
         layer: Layer,
         next: Next,
     ) -> Tensor:
+        self.refuse_compiling(layer)
         assert self._tables is not None
         batch, groups = len(query), len(ctx.parts)
         if batch % groups:

@@ -24,6 +24,7 @@ from torch import Tensor
 from attnzoo.errors import UnsupportedError, check_choice, check_range
 from attnzoo.generators.chain import CROSS, Layer, Method, Next, Stage
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.maps import attention_logits
 
 __all__ = ["AttentionRegulation", "gaussians", "regulate", "regulation_loss"]
 
@@ -194,8 +195,7 @@ class AttentionRegulation(Method):
     ) -> Tensor:
         if query.shape[-2] > _MOST:
             return next(query, key, value, mask)
-        if torch.compiler.is_compiling():
-            raise UnsupportedError("attention_regulation optimises inside its layers: it can't be compiled")
+        self.refuse_compiling(layer)
         if max(*self.target_ids, self.eos_id) >= key.shape[-2]:
             raise ValueError(f"{layer.name}: target_ids and eos_id must be below {key.shape[-2]}, the number of tokens")
         size = len(query) // len(ctx.parts)
@@ -224,10 +224,7 @@ class AttentionRegulation(Method):
         ctx: StepContext,
         layer: Layer,
     ) -> Tensor:
-        scale = query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
-        logits = query @ key.transpose(-1, -2) * scale
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        logits = attention_logits(query, key, mask, layer.scale)
         plain = logits.softmax(-1)
         flat = logits.flatten(0, 1).unflatten(1, layout.grid)
         edited = self.edit(flat, ctx, layer).flatten(1, 2).view(logits.shape)

@@ -28,10 +28,9 @@ from attnzoo.generators.clusters import cluster_masks, kmeans
 from attnzoo.generators.forward import Forward
 from attnzoo.generators.layout import StepContext, TokenLayout
 from attnzoo.generators.map_guidance import MapGuidance, Maps
+from attnzoo.generators.maps import MOST
 
 __all__ = ["BoundedAttention", "box_masks", "hide_from_subjects", "hide_from_words", "subject_losses"]
-
-_MOST_MASKED = 4096  # queries up to which a mask over pairs is made; above it queries go in groups
 
 
 def box_masks(boxes: Sequence[Sequence[float]], grid: Sequence[int]) -> Tensor:
@@ -220,7 +219,7 @@ class BoundedAttention(MapGuidance):
         if cross:
             eos = self.eos if self.mask_eos else None
             seen = hide_from_words(subjects, self.words, self.filter, eos, key.shape[-2], guiding)
-        elif layout.num_grid > _MOST_MASKED:
+        elif layout.num_grid > MOST:
             return self._in_groups(query, key, value, mask, subjects, next)
         else:
             seen = hide_from_subjects(subjects)
@@ -231,8 +230,7 @@ class BoundedAttention(MapGuidance):
         bias.masked_fill_(~own, torch.finfo(query.dtype).min)
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-        if self._recording is not None and self._grid == layout.grid:
-            self._recording.found.append((layer, _map(query, key, bias, layer), layout))
+        self.look(query, key, bias, layout, layer)
         return next(query, key, value, bias)
 
     @staticmethod
@@ -241,7 +239,7 @@ class BoundedAttention(MapGuidance):
     ) -> Tensor:
         """Self-attention of many tokens: queries of the same subjects together, over the keys that they see."""
         if mask is not None:
-            raise UnsupportedError(f"bounded_attention above {_MOST_MASKED} tokens takes no further mask")
+            raise UnsupportedError(f"bounded_attention above {MOST} tokens takes no further mask")
         outs = torch.empty_like(query)
         for row in range(len(query)):
             own = subjects[row % len(subjects)]
@@ -298,11 +296,7 @@ class BoundedAttention(MapGuidance):
         if step >= self.clustering and self._means and (self._subjects is None or step % self.refine == 0):
             self._subjects = self.find_subjects(self._grid)
         self._state = (ctx.run, step)
-        self._recording = maps = Maps()
-        try:
-            output = forward(**changed)
-        finally:
-            self._recording = None
+        output, maps = self.recorded(forward, layout, **changed)
         place = ctx.parts.index("cond") if "cond" in ctx.parts else 0
         for kind in ("cross", "self"):
             for one in maps.of(kind, self._grid):
@@ -338,9 +332,3 @@ def fix_empty(subjects: Tensor, boxes: Tensor) -> Tensor:
                 image &= ~box
                 image[index] = box
     return subjects
-
-
-def _map(query: Tensor, key: Tensor, bias: Tensor, layer: Layer) -> Tensor:
-    """softmax(query key^T + bias) averaged over heads, [B, N, M]."""
-    scale = query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
-    return (query @ key.transpose(-1, -2) * scale + bias).softmax(-1).mean(1)

@@ -148,6 +148,14 @@ class Method(ABC):
     def forget(self) -> None:  # noqa: B027  most methods keep nothing
         """Free what the method keeps between calls; called when it is disabled."""
 
+    def refuse_compiling(self, layer: Layer) -> None:
+        """Raise UnsupportedError inside torch.compile: for methods whose layers keep or read Python state."""
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                f"{layer.name}: method {self.name!r} keeps state between the calls of a layer and can't be compiled: "
+                "leave compiled layers out with layers=, or compile nothing"
+            )
+
     @classmethod
     def defaults(cls, family: str) -> dict[str, Any]:
         """Options that `enable` fills in where the caller gives none. family: name of the adapter ("Flux", "UNet")."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
 
 from attnzoo.errors import check_choice, check_range
 from attnzoo.generators.forward import Forward
@@ -42,12 +43,7 @@ def smooth(maps: Tensor, kernel_size: int = 3, sigma: float = 0.5) -> Tensor:
 
     That is a Gaussian of deviation sqrt(2) sigma; the authors' settings are meant for it.
     """
-    place = torch.arange(kernel_size, dtype=maps.dtype, device=maps.device) - (kernel_size - 1) / 2
-    line = (-((place / (2 * sigma)) ** 2)).exp()
-    kernel = torch.outer(line, line) / line.sum() ** 2
-    flat = maps.flatten(0, -3)[:, None]
-    pad = kernel_size // 2
-    return F.conv2d(F.pad(flat, (pad,) * 4, mode="reflect"), kernel[None, None]).view(maps.shape)
+    return gaussian_blur(maps, [kernel_size, kernel_size], [2**0.5 * sigma] * 2)
 
 
 def _pairs(embeddings: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,12 +205,7 @@ class Conform(MapGuidance):
         """Keep the maps of the latents that the step is taken from: they are the next step's previous ones."""
         if not self.use_previous_maps or ctx.branch == "uncond" or (ctx.step or 0) >= self.max_steps:
             return forward(**changed)
-        self._grid = self.grid_of(layout)
-        self._recording = maps = Maps()
-        try:
-            output = forward(**changed)
-        finally:
-            self._recording = None
+        output, maps = self.recorded(forward, layout, **changed)
         kept = self._maps(maps, layout).detach()
         size = len(kept) // len(ctx.parts)
         place = ctx.parts.index("cond") if "cond" in ctx.parts else 0

@@ -80,9 +80,6 @@ class FreeCus(Method):
         finally:
             self._recording = False
 
-    def phase(self, ctx: StepContext) -> tuple[bool, int | None]:
-        return self._recording, ctx.step
-
     def attend(
         self,
         query: Tensor,
@@ -94,6 +91,7 @@ class FreeCus(Method):
         layer: Layer,
         next: Next,
     ) -> Tensor:
+        self.refuse_compiling(layer)
         if (self.shape not in (None, layout.grid)) or int(self.subject.max()) >= layout.num_grid:
             raise ValueError(f"{layer.name}: subject lies outside of the grid {layout.grid}")
         if mask is not None:

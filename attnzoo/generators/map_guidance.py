@@ -19,8 +19,7 @@ from attnzoo.errors import UnsupportedError, check_range
 from attnzoo.generators.chain import CROSS, Layer, Method, Next, Stage
 from attnzoo.generators.forward import Forward
 from attnzoo.generators.layout import StepContext, TokenLayout
-
-_MOST = 4096  # queries of a layer whose map is recorded
+from attnzoo.generators.maps import attention_map
 
 
 class Maps:
@@ -63,6 +62,7 @@ class MapGuidance(Method):
         self.max_steps = max_steps
         self.resolution = None if resolution is None else tuple(resolution)
         self._recording: Maps | None = None
+        self._grid: tuple[int, ...] = ()  # of the maps that are looked at
         self._shift: tuple[int, int, Tensor] | None = None  # run, step, the change of the latents
 
     @abstractmethod
@@ -89,10 +89,6 @@ class MapGuidance(Method):
             return self.resolution or layout.grid
         return tuple(-(-n // 4) for n in layout.grid)
 
-    def wanted(self, layout: TokenLayout, layer: Layer) -> bool:
-        """Whether a layer's map is recorded."""
-        return self._grid == layout.grid
-
     def attend(
         self,
         query: Tensor,
@@ -104,20 +100,28 @@ class MapGuidance(Method):
         layer: Layer,
         next: Next,
     ) -> Tensor:
-        if self._recording is not None and self.wanted(layout, layer):
-            self._recording.found.append((layer, attention_map(query, key, mask, layer), layout))
+        self.look(query, key, mask, layout, layer)
         return next(query, key, value, mask)
 
-    def record(self, forward: Forward, layout: TokenLayout, ctx: StepContext, latents: Tensor) -> Maps:
-        """The maps of the conditional rows at `latents` [b, ...]."""
-        given = forward.part("cond") if len(ctx.parts) > 1 else dict(forward.given)
+    def look(self, query: Tensor, key: Tensor, mask: Tensor | None, layout: TokenLayout, layer: Layer) -> None:
+        """Record the map of a layer on the grid that is looked at, while a recording is on."""
+        self.refuse_compiling(layer)
+        if self._recording is not None and self._grid == layout.grid:
+            self._recording.found.append((layer, attention_map(query, key, mask, layer), layout))
+
+    def recorded(self, forward: Forward, layout: TokenLayout, **changed: Any) -> tuple[Any, Maps]:
+        """A forward's output, and the maps of its layers on the grid that is looked at."""
         self._grid = self.grid_of(layout)
         self._recording = maps = Maps()
         try:
-            forward(branch="cond" if len(ctx.parts) > 1 else ctx.branch, **{**given, forward.latents_name: latents})
+            return forward(**changed), maps
         finally:
             self._recording = None
-        return maps
+
+    def record(self, forward: Forward, layout: TokenLayout, ctx: StepContext, latents: Tensor) -> Maps:
+        """The maps of the conditional rows at `latents` [b, ...]."""
+        branch, given = ("cond", forward.part("cond")) if len(ctx.parts) > 1 else (ctx.branch, {})
+        return self.recorded(forward, layout, branch=branch, **{**given, forward.latents_name: latents})[1]
 
     def denoise(self, forward: Forward, layout: TokenLayout, ctx: StepContext) -> Any:
         if ctx.step is None or ctx.total is None:
@@ -160,14 +164,3 @@ class MapGuidance(Method):
             if self.enough(loss.detach(), len(latents)):
                 break
         return latents.detach()
-
-
-def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, layer: Layer) -> Tensor:
-    """softmax(query key^T) averaged over heads, [B, N, M]. Raises UnsupportedError above 4,096 queries."""
-    if query.shape[-2] > _MOST:
-        raise UnsupportedError(f"{layer.name}: maps are recorded up to {_MOST} queries, got {query.shape[-2]}")
-    scale = query.shape[-1] ** -0.5 if layer.scale is None else layer.scale
-    logits = query @ key.transpose(-1, -2) * scale
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(-1).mean(1)

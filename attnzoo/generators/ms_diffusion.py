@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from attnzoo.errors import UnsupportedError, check_choice, check_range, check_tensor
 from attnzoo.generators.chain import CROSS, Layer, Method, Next, Stage
 from attnzoo.generators.layout import StepContext, TokenLayout
+from attnzoo.generators.maps import attention_logits
 
 __all__ = ["GroundingResampler", "MSDiffusion", "inside_boxes", "layout_bias", "phrase_bias", "pseudo_inside"]
 
@@ -81,8 +82,7 @@ def phrase_maps(query: Tensor, key: Tensor, phrase_idxes: Tensor, scale: float |
 
     query [B, heads, N, head_dim], key [B, heads, num_text, head_dim]; zeros for a phrase (0, 0).
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    probabilities = (query @ key.transpose(-1, -2) * scale).softmax(-1).mean(1)
+    probabilities = attention_logits(query, key, None, scale).softmax(-1).mean(1)
     spans = _spans(phrase_idxes, key.shape[2]).to(query.dtype)
     return torch.einsum("bnt,brt->brn", probabilities, spans) / spans.sum(-1, keepdim=True).clamp(min=1)
 

@@ -7,7 +7,7 @@ half a step, is the explicit midpoint rule: two velocities a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -71,8 +71,8 @@ class RFEdit(Method):
     def forget(self) -> None:
         self._kept.clear()
 
-    def phase(self, ctx: StepContext) -> Hashable:
-        return self._now or False
+    def phase(self, ctx: StepContext) -> bool:
+        return self._now is not None
 
     def attend(
         self,
@@ -85,6 +85,7 @@ class RFEdit(Method):
         layer: Layer,
         next: Next,
     ) -> Tensor:
+        self.refuse_compiling(layer)
         assert self._now is not None
         mode, place = self._now[0], (layer.name, *self._now[1:])
         if mode == "record":
